@@ -1,0 +1,95 @@
+"""Every method by name: one line here adds one. Nothing is imported until a name is used.
+
+Wherever a name is accepted, `package.module:attr` of the user's own code is too.
+"""
+
+import difflib
+import functools
+import importlib
+from typing import Any
+
+from ftray.core.errors import ConfigError
+
+METHODS: dict[str, dict[str, str]] = {
+    "adapt": {
+        "full": "ftray.adapt.full:Full",
+        "lora": "ftray.adapt.lora:LoRA",
+    },
+    "objective": {
+        "lm": "ftray.objective.lm:LanguageModelling",
+        "sft": "ftray.objective.lm:SupervisedFineTuning",
+    },
+    "optim": {
+        "adamw": "ftray.optim.adamw:AdamW",
+        "muon": "ftray.optim.muon:Muon",
+    },
+    "lr_scheduler": {
+        "constant": "ftray.optim.schedule:Constant",
+        "linear": "ftray.optim.schedule:Linear",
+        "cosine": "ftray.optim.schedule:Cosine",
+        "wsd": "ftray.optim.schedule:WarmupStableDecay",
+    },
+    "strategy": {
+        "single": "ftray.strategy.single:Single",
+        "ddp": "ftray.strategy.ddp:DDP",
+    },
+    "tracker": {
+        "jsonl": "ftray.train.track.jsonl:Jsonl",
+        "tensorboard": "ftray.train.track.tensorboard:TensorBoard",
+        "wandb": "ftray.train.track.wandb:WandB",
+    },
+    "transform": {
+        "clean": "ftray.data.transform.clean:Clean",
+        "dedup": "ftray.data.transform.dedup:ExactDedup",
+        "length": "ftray.data.transform.length:Length",
+    },
+    "metric": {
+        "exact_match": "ftray.eval.metrics:ExactMatch",
+    },
+    "engine": {
+        "torch": "ftray.engine.torch_engine:TorchEngineConfig",
+        "hf_generate": "ftray.engine.hf_generate:HFGenerateConfig",
+        "fake": "ftray.engine.fake:FakeEngineConfig",
+    },
+    "search": {
+        "pbt": "ftray.tune.pbt:PBT",
+        "random": "ftray.tune.pbt:Random",
+    },
+}
+
+
+def names(kind: str) -> list[str]:
+    """The names of one kind of method, in the order of the table."""
+    return list(METHODS[kind])
+
+
+@functools.cache
+def resolve(kind: str, name: str) -> Any:
+    """The class or function behind a name or a `module:attr` path.
+
+    Raises:
+        ConfigError: for an unknown name, with the nearest known one, or a path that cannot be imported.
+    """
+    target = METHODS[kind].get(name)
+    if target is None:
+        if ":" not in name:
+            near = difflib.get_close_matches(name, names(kind), n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(names(kind))}"
+            raise ConfigError(f"{name!r} is not a {kind}; {hint} (or `package.module:attr` of your own)")
+        target = name
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{target!r} cannot be imported as a {kind}: {error}") from error
+
+
+@functools.cache
+def name_of(cls: type) -> str | None:
+    """The catalog name of a class, its `module:attr` path if it was resolved by one, or None."""
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    for table in METHODS.values():
+        for name, target in table.items():
+            if target == path:
+                return name
+    return path if getattr(cls, "__ftray_piece__", False) else None

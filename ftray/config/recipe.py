@@ -1,0 +1,140 @@
+"""The recipe: the one tree that says what a training run is.
+
+    model x data(transforms) x adapt x objective x optim x strategy -> one run
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from ftray.core.errors import ConfigError
+from ftray.core.spec import Piece, spec
+from ftray.core.types import is_name
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Paths = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+@spec
+class ModelConfig:
+    """The base model and its tokenizer."""
+
+    model_name_or_path: str = ""
+    """A Hugging Face folder or Hub id. With `init: config` it may stay empty."""
+    tokenizer_name_or_path: str = ""
+    """Tokenizer folder or id; empty: the model's own."""
+    init: Literal["pretrained", "config"] = "pretrained"
+    """`pretrained` reads the weights; `config` starts from random weights."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """With `init: config`: the model's configuration (`model_type`, `hidden_size`, ...)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type the weights are held in. Computation may be narrower (`train.bf16`)."""
+
+    def __post_init__(self) -> None:
+        if self.init == "pretrained" and not self.model_name_or_path:
+            raise ConfigError("model_name_or_path: missing; name a model folder, or set `init: config`")
+        if self.init == "config" and "model_type" not in self.config:
+            raise ConfigError("config: `model_type` is missing; with `init: config` say which architecture")
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer is."""
+        return self.tokenizer_name_or_path or self.model_name_or_path
+
+
+@spec
+class DataConfig:
+    """Where the rows come from and how they become token shards."""
+
+    train: Paths
+    """Files or globs of training rows (JSON lines)."""
+    validation: Paths = Field(default_factory=list)
+    """Files or globs of validation rows; empty: no validation loss."""
+    transforms: list[Annotated[Any, Piece("transform")]] = Field(default_factory=lambda: ["clean", "length"])
+    """Prepare-time steps on rows, in order."""
+    max_length: int = Field(default=1024, ge=8)
+    """Tokens in one row of training."""
+    packing: bool = True
+    """Put several documents into one row; attention and positions stay apart."""
+    overlong: Literal["split", "reject"] = "split"
+    """What happens to a document of more than `max_length` tokens; both are counted."""
+    max_quarantine: float = Field(default=0.01, ge=0, le=1)
+    """Fraction of unreadable rows above which preparation stops."""
+    cache_dir: str = "~/.cache/ftray/data"
+    """Where prepared shards are kept."""
+
+    def __post_init__(self) -> None:
+        # Field default factories are not validated, so names given above become objects here.
+        built = [Piece("transform").func(item) for item in self.transforms]  # type: ignore[call-arg]
+        object.__setattr__(self, "transforms", built)
+
+
+@spec
+class TrainConfig:
+    """How long to train, in what batches, and when to save."""
+
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps."""
+    num_train_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the data, instead of `max_steps`."""
+    max_time_s: float | None = Field(default=None, gt=0)
+    """Seconds of training after which the run ends; the schedule follows whichever limit is nearer."""
+    global_batch_size: int = Field(default=16, ge=1)
+    """Rows in one optimiser step, over all workers. The data order depends on it and on nothing else."""
+    per_device_train_batch_size: int = Field(default=4, ge=1)
+    """Rows in one forward pass; accumulation follows from it."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Gradient norm above which gradients are scaled down; null: never."""
+    bf16: bool | Literal["auto"] = "auto"
+    """Compute in bfloat16 with float32 master weights; `auto`: where a short timing says it is faster."""
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Steps between validation losses; null: at the end only."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; null: at the end only."""
+    save_total_limit: int = Field(default=2, ge=1)
+    """Checkpoints kept."""
+    logging_steps: int = Field(default=1, ge=1)
+    """Steps between logged metrics."""
+    nan_policy: Literal["stop", "skip"] = "stop"
+    """When the loss or the gradient is not finite on any rank: end the run, or skip that update."""
+
+    def __post_init__(self) -> None:
+        if self.max_steps is None and self.num_train_epochs is None and self.max_time_s is None:
+            raise ConfigError("max_steps: missing; set `max_steps`, `num_train_epochs` or `max_time_s`")
+        if self.max_steps is not None and self.num_train_epochs is not None:
+            raise ConfigError("num_train_epochs: also `max_steps` is set; keep one of the two")
+
+
+@spec
+class Recipe:
+    """One training run."""
+
+    name: str
+    """The run's name: lower-case letters, digits, `.`, `_`, `-`."""
+    output_dir: str = "runs"
+    """The run's folder is `output_dir/name`."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds the data order, adapter initialisation and dropout."""
+    model: ModelConfig
+    data: DataConfig
+    adapt: Annotated[Any, Piece("adapt")]
+    """What trains."""
+    objective: Annotated[Any, Piece("objective")]
+    """What is minimised."""
+    optim: Annotated[Any, Piece("optim")]
+    """How a step is taken."""
+    lr_scheduler: Annotated[Any, Piece("lr_scheduler")]
+    """Learning rate over the run."""
+    strategy: Annotated[Any, Piece("strategy")]
+    """How the work is spread."""
+    train: TrainConfig
+    tracking: list[Annotated[Any, Piece("tracker")]] = Field(default_factory=list)
+    """Where metrics go besides the JSON lines and TensorBoard files that are always written."""
+
+    def __post_init__(self) -> None:
+        if not is_name(self.name):
+            raise ConfigError(f"name: {self.name!r} is refused; use lower-case letters, digits, `.`, `_`, `-`")

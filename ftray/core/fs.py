@@ -1,0 +1,118 @@
+"""Files that are either wholly there or not there: atomic commits, canonical JSON and digests.
+
+A directory is committed by temp + fsync + rename + fsync of the parent. That is what survives `kill -9`
+and a power cut on a POSIX file system; a plain copy into the final name tears.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ftray.core.errors import CheckpointError, FtrayError
+
+
+def fsync_path(path: Path) -> None:
+    """Flush one file or directory to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def commit_dir(final: Path) -> Iterator[Path]:
+    """Yield a temporary directory that becomes `final` when the block ends without an error.
+
+    Raises:
+        FileExistsError: if `final` is already there with content (another writer was first).
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    tmp = final.parent / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
+    tmp.mkdir()
+    try:
+        yield tmp
+        for path in [*tmp.rglob("*"), tmp]:
+            fsync_path(path)
+        try:
+            tmp.rename(final)
+        except OSError as error:  # ENOTEMPTY or EEXIST, by platform
+            if final.exists():
+                raise FileExistsError(str(final)) from error
+            raise
+        fsync_path(final.parent)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file atomically and durably."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        with tmp.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        tmp.replace(path)
+        fsync_path(path.parent)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file atomically and durably."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises `FtrayError` (one line) if it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise FtrayError(f"{path}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise FtrayError(f"{path}: not readable as JSON ({error})") from error
+
+
+def digest_bytes(data: bytes) -> str:
+    """Digest of bytes, as `xxh3:<32 hex digits>`."""
+    return "xxh3:" + xxhash.xxh3_128_hexdigest(data)
+
+
+def digest_json(value: Any) -> str:
+    """Digest of a JSON value in canonical form (sorted keys, no spaces)."""
+    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+
+
+def digest_file(path: Path) -> str:
+    """Digest of a file's bytes, read in pieces of 4 MiB."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            state.update(block)
+    return "xxh3:" + state.hexdigest()
+
+
+def digest_tree(folder: Path, *, skip: frozenset[str] = frozenset()) -> dict[str, str]:
+    """Digests of every file below a folder, keyed by relative POSIX path; `skip` names files left out."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    named = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: digest_file(path) for name, path in named.items() if name not in skip}
+
+
+def verify_tree(folder: Path, digests: dict[str, str], error: type[FtrayError] = CheckpointError) -> None:
+    """Check that each named file is there with its digest; raises `error` naming the first that is not."""
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file():
+            raise error(f"{path}: missing, though the manifest names it; restore it or delete {folder}")
+        if digest_file(path) != digest:
+            raise error(f"{path}: its content is not what was committed; restore it or delete {folder}")

@@ -1,0 +1,165 @@
+"""`@spec`: a class that is its own configuration.
+
+A piece of ftray (an adapter method, an objective, a strategy, a recipe) is a frozen dataclass whose fields
+are its settings; pydantic checks them, unknown keys are refused with the nearest known one, and the docstring
+under a field is its help text. `parse` builds one from plain data, `dump` turns one back into plain data.
+"""
+
+import dataclasses
+import difflib
+import functools
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, Union, cast, dataclass_transform, get_args, get_origin
+
+import pydantic
+from pydantic import BeforeValidator, ConfigDict
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from ftray import catalog
+from ftray.core.errors import ConfigError, FtrayError
+
+T = TypeVar("T")
+
+_CONFIG = ConfigDict(
+    extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True, ser_json_inf_nan="constants"
+)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def spec(cls: type[T]) -> type[T]:
+    """Make a class a frozen, keyword-only, strictly checked dataclass."""
+    return cast(type[T], pydantic_dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls))
+
+
+def Piece(kind: str) -> BeforeValidator:  # noqa: N802 (reads as a type inside Annotated)
+    """Annotation of a field that holds a method from the catalog.
+
+    The value is a name (`lora`), a mapping with its settings (`{type: lora, r: 8}`) or a ready object;
+    `package.module:attr` stands for the user's own class.
+    """
+    return BeforeValidator(functools.partial(build_piece, kind))
+
+
+def build_piece(kind: str, value: Any) -> Any:
+    """Build a catalog piece from a name, a mapping or an object that is one already."""
+    if isinstance(value, str):
+        value = {"type": value}
+    if not isinstance(value, Mapping):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return value
+        raise ConfigError(f"{value!r} is not a {kind}; write its name, or `type:` and its settings")
+    settings = dict(value)
+    if "type" not in settings:
+        raise ConfigError(f"`type` is missing; say which {kind}, one of: {', '.join(catalog.names(kind))}")
+    cls = catalog.resolve(kind, str(settings.pop("type")))
+    return parse(cls, settings, where="")
+
+
+def parse(cls: type[T], data: Any, where: str = "") -> T:
+    """Build a `@spec` class from plain data.
+
+    Args:
+        cls: the class.
+        data: a mapping of its fields.
+        where: the file the data came from, for the message.
+
+    Raises:
+        ConfigError: one line naming the field, the value and the remedy.
+    """
+    prefix = f"{where}: " if where else ""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{prefix}{_shown(data)} is not a mapping of settings")
+    try:
+        return cls(**{str(key): value for key, value in data.items()})
+    except pydantic.ValidationError as error:
+        raise ConfigError(prefix + _one_line(cls, error)) from None
+    except FtrayError as error:
+        raise ConfigError(prefix + str(error)) from None
+
+
+def dump(obj: Any) -> Any:
+    """Plain data (JSON and YAML can hold it) from which `parse` builds an equal object."""
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        plain = {field.name: dump(getattr(obj, field.name)) for field in dataclasses.fields(obj)}
+        name = catalog.name_of(type(obj))
+        return {"type": name, **plain} if name else plain
+    if isinstance(obj, Mapping):
+        return {str(key): dump(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple | set | frozenset):
+        return [dump(value) for value in obj]
+    return str(obj) if isinstance(obj, Path) else obj
+
+
+def replace(obj: T, path: str, value: Any) -> T:
+    """A copy of a spec with the field at a dotted path (`optim.learning_rate`) set, checked again."""
+    data = dump(obj)
+    set_path(data, path, value)
+    if name := catalog.name_of(type(obj)):
+        assert data.pop("type") == name
+    return parse(type(obj), data, where=path)
+
+
+def set_path(data: dict[str, Any], path: str, value: Any) -> None:
+    """Set `a.b.c` in nested mappings; a name standing for a piece (`adapt: lora`) becomes a mapping."""
+    *parents, leaf = path.split(".")
+    node: Any = data
+    for key in parents:
+        child = node.get(key)
+        if isinstance(child, str):
+            child = {"type": child}
+        elif not isinstance(child, Mapping):
+            if child is not None:
+                raise ConfigError(f"{path}: `{key}` is {_shown(child)}, which has no fields")
+            child = {}
+        node[key] = dict(child)
+        node = node[key]
+    node[leaf] = value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(cls: type, error: pydantic.ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    location = [str(part) for part in first["loc"]]
+    field = ".".join(location) or cls.__name__
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _fields_at(cls, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
+        return f"{field}: unknown key; {hint}{more}"
+    if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{field}: missing; give it a value{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if message[:1].isupper() and not message[1:2].isupper() else message
+    if isinstance(first.get("ctx", {}).get("error"), FtrayError):
+        joiner = "." if message.split(":")[0].replace("_", "").replace(".", "").isalnum() else ": "
+        return f"{field}{joiner}{message}{more}" if ":" in message else f"{field}: {message}{more}"
+    return f"{field}: {_shown(first['input'])} is refused; {message}{more}"
+
+
+def _fields_at(cls: Any, location: list[str]) -> list[str]:
+    """Field names of the dataclass reached by a location inside `cls`."""
+    for part in location:
+        if part.isdigit():
+            continue
+        hints = {field.name: field.type for field in dataclasses.fields(cls)}
+        if part in hints:
+            cls = _dataclass_in(hints[part]) or cls
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _dataclass_in(annotation: Any) -> Any:
+    if dataclasses.is_dataclass(annotation):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, list, tuple):
+        for inner in get_args(annotation):
+            if found := _dataclass_in(inner):
+                return found
+    return None
