@@ -1,0 +1,71 @@
+"""Batches for training: packed rows laid end to end, without padding.
+
+Documents are kept apart by `cu_seq_lens` and by positions that restart at each of them, not by a mask.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ftray.data.read import IGNORE_INDEX, RowArrays
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N tokens of D documents from R rows."""
+
+    input_ids: torch.Tensor
+    """Token ids, [1, N] int64."""
+    labels: torch.Tensor
+    """The token's own id where it is a target, else -100; not shifted, [1, N] int64."""
+    weights: torch.Tensor
+    """Weight of each target in the loss, 0 where there is none, [1, N] float32."""
+    position_ids: torch.Tensor
+    """Positions that start at 0 in every document, [1, N] int64."""
+    cu_seq_lens: torch.Tensor
+    """Where documents begin, and N at the end, [D + 1] int32."""
+    row_ids: torch.Tensor
+    """Indices of the rows in the data set, -1 for padding rows, [R] int64."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the batch."""
+        return self.input_ids.shape[1]
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens whose prediction enters the loss."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+def collate(rows: Sequence[RowArrays], row_ids: Sequence[int] | npt.NDArray[np.int64]) -> Batch:
+    """Lay rows end to end as one batch; `row_ids` are their indices in the data set.
+
+    At least one row is needed; `padding_row()` stands for a rank that has none.
+    """
+    assert len(rows) == len(row_ids) and rows
+    doc_lens = np.concatenate([row.doc_lens for row in rows])
+    ends = np.cumsum(doc_lens)
+    starts = ends - doc_lens
+    positions = np.arange(int(ends[-1])) - np.repeat(starts, doc_lens)
+
+    def flat(parts: list[npt.NDArray[np.int32]]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
+
+    return Batch(
+        input_ids=flat([row.input_ids for row in rows]),
+        labels=flat([row.labels for row in rows]),
+        weights=torch.from_numpy(np.concatenate([row.weights for row in rows]))[None],
+        position_ids=torch.from_numpy(positions)[None],
+        cu_seq_lens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        row_ids=torch.as_tensor(np.asarray(row_ids, np.int64)),
+    )

@@ -1,0 +1,76 @@
+"""The data order: a bijection per epoch, and the same at every number of workers."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftray.data.order import PADDING, Order, Permutation, dp_slice
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**40), st.integers(0, 50))
+@settings(max_examples=60, deadline=None)
+def test_permutation_is_a_bijection(n: int, seed: int, epoch: int) -> None:
+    assert np.array_equal(np.sort(Permutation(n, seed, epoch)(np.arange(n))), np.arange(n))
+
+
+def test_permutation_scatters() -> None:
+    n = 20_000
+    order = Permutation(n, seed=3, epoch=0)(np.arange(n))
+    assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 0.03
+    assert (np.diff(order) == 1).sum() < 10
+    other = Permutation(n, seed=3, epoch=1)(np.arange(n))
+    assert (order == other).sum() < 10
+
+
+def test_permutation_of_a_billion_needs_no_list() -> None:
+    rows = Permutation(10**9, seed=1, epoch=0)(np.arange(5_000) + 999_990_000)
+    assert len(np.unique(rows)) == 5_000
+    assert rows.min() >= 0 and rows.max() < 10**9
+
+
+def test_the_order_is_pinned() -> None:
+    """A changed order would make every stored cursor point at other rows."""
+    assert Order(10, 4, seed=0).batch(0).tolist() == [1, 2, 0, 8]
+
+
+@given(st.integers(1, 200), st.integers(1, 64), st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_batches_run_through_epochs_without_loss(rows: int, batch: int, seed: int) -> None:
+    order = Order(rows, batch, seed)
+    steps = -(-3 * rows // batch)
+    seen = np.concatenate([order.batch(k) for k in range(steps)])
+    for epoch in range(3):
+        part = seen[epoch * rows : (epoch + 1) * rows]
+        assert np.array_equal(np.sort(part), np.arange(rows))
+    assert order.epoch(steps) == pytest.approx(steps * batch / rows)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("batch", [16, 24, 5])
+def test_the_global_order_is_the_same_at_every_dp_size(dp_size: int, batch: int) -> None:
+    order = Order(101, batch, seed=7)
+    for k in range(30):
+        whole = order.batch(k)
+        parts = [dp_slice(whole, rank, dp_size) for rank in range(dp_size)]
+        assert len({len(part) for part in parts}) == 1
+        joined = np.concatenate(parts)
+        assert np.array_equal(joined[joined != PADDING], whole)
+
+
+def test_a_change_of_dp_size_in_mid_epoch_loses_and_repeats_nothing() -> None:
+    order = Order(97, 12, seed=5)
+    world = [1] * 9 + [8] * 7 + [3] * 11 + [2] * 20
+    seen = []
+    for k, dp_size in enumerate(world):
+        for rank in range(dp_size):
+            part = dp_slice(order.batch(k), rank, dp_size)
+            seen.append(part[part != PADDING])
+    flat = np.concatenate(seen)
+    for epoch in range(len(flat) // 97):
+        assert np.array_equal(np.sort(flat[epoch * 97 : (epoch + 1) * 97]), np.arange(97))
+
+
+def test_an_empty_order_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs rows"):
+        Order(0, 4, seed=0)
