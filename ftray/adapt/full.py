@@ -1,0 +1,33 @@
+"""Train every weight of the base."""
+
+from pathlib import Path
+from typing import Any
+
+from ftray.adapt.base import Facts
+from ftray.core.spec import spec
+
+
+@spec
+class Full:
+    """Full fine-tuning: the delta is the set of replacement weights, an ordinary Hugging Face folder."""
+
+    def facts(self) -> Facts:
+        """Replacement weights take a model of their own."""
+        return Facts(kind="replacement", mergeable=True, mixed_batch=False)
+
+    def apply(self, model: Any, seed: int) -> None:
+        """Mark all parameters as trainable."""
+        del seed
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+
+    def save(self, model: Any, folder: Path, base_name: str) -> None:
+        """Write configuration and weights as `save_pretrained` does."""
+        del base_name
+        attention = model.config._attn_implementation
+        # Our attention's name means nothing to plain transformers; the saved folder must load there.
+        model.config._attn_implementation = "sdpa"
+        try:
+            model.save_pretrained(folder, safe_serialization=True)
+        finally:
+            model.config._attn_implementation = attention

@@ -1,0 +1,128 @@
+"""Build on meta, then stream the weights in.
+
+The structure is built with its parameters on the meta device, so that adapters and sharding happen before any
+weight is in memory; then each tensor is read from its safetensors file straight into its place. Buffers
+(rotary frequencies, embedding scales) are computed for real: `to_empty` would leave garbage in them.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from ftray.config.recipe import ModelConfig
+from ftray.core.errors import ModelError
+from ftray.model import attention
+from ftray.model.folder import load_config, resolve_folder, weight_map
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside the block every new parameter lands on the meta device; buffers stay real."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(self, name, param)
+        if param is not None and param.device.type != "meta":
+            self._parameters[name] = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def build_structure(config: ModelConfig, *, seed: int = 0, attn: str = attention.NAME) -> nn.Module:
+    """The model of a recipe: weights on meta (`pretrained`) or random (`init: config`), nothing trainable yet."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype = DTYPES[config.dtype]
+    if config.init == "config":
+        settings = AutoConfig.for_model(**config.config)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attn)
+    else:
+        settings = load_config(resolve_folder(config.model_name_or_path))
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attn)
+        model.tie_weights()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Stream a folder's weights into a structure built by `build_structure`.
+
+    Raises:
+        ModelError: if a weight is missing, has another shape, or needs a conversion that is not known here.
+    """
+    sources = _sources(model, folder)
+    placed: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter.device.type != "meta":
+            continue  # an adapter's own factors
+        owner, _, leaf = name.rpartition(".")
+        if id(parameter) not in placed:
+            if name not in sources:
+                continue  # perhaps a tied alias seen before its source; what stays on meta is reported below
+            tensor = _read(sources[name], parameter)
+            placed[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) in placed:
+            # Tied aliases get the same object again: a second tensor would part them in silence.
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._parameters[leaf] = placed[id(parameter)]
+    missing = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if missing:
+        raise ModelError(f"{folder}: no weights for `{missing[0]}` (and {len(missing) - 1} more); is it complete?")
+
+
+def load_model(folder: str | Path, *, dtype: str = "float32", attn: str = attention.NAME) -> Any:
+    """A frozen base model in evaluation mode, as `build_structure` and `load_weights` make it."""
+    path = resolve_folder(str(folder))
+    model = build_structure(ModelConfig(model_name_or_path=str(path), dtype=dtype), attn=attn)  # type: ignore[arg-type]
+    load_weights(model, path)
+    return model.eval()
+
+
+def _sources(model: Any, folder: Path) -> dict[str, tuple[Path, str]]:
+    """Parameter name -> (file, checkpoint key), by transformers' own renaming rules."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model) or []
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    state = dict(model.state_dict())
+    sources: dict[str, tuple[Path, str]] = {}
+    for key, file in weight_map(folder).items():
+        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if converter is not None:
+            raise ModelError(
+                f"{folder}: `{key}` must be converted on load, which ftray does not do yet; "
+                f"model_type {model.config.model_type!r} is not supported"
+            )
+        if name in state:
+            sources[name] = (file, key)
+    return sources
+
+
+def _read(source: tuple[Path, str], parameter: nn.Parameter) -> torch.Tensor:
+    file, key = source
+    # Closing the file after each tensor lets its pages go: the peak is the model plus one tensor.
+    with safe_open(file, "pt") as opened:
+        tensor = opened.get_tensor(key)
+    if tensor.shape != parameter.shape:
+        shapes = f"{tuple(tensor.shape)}, the configuration says {tuple(parameter.shape)}"
+        raise ModelError(f"{file}: `{key}` has shape {shapes}; config.json and weights do not belong together")
+    return tensor.to(parameter.dtype)

@@ -1,0 +1,110 @@
+"""Built on meta and streamed, a model is the one transformers loads; its bad folders are one line each."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ftray.core.errors import ModelError
+from ftray.model.build import load_model
+from ftray.model.folder import resolve_folder
+from ftray.model.head import Head
+from ftray.model.identity import base_identity
+from ftray.testing import tiny
+
+IDS = torch.randint(2, 250, (1, 31), generator=torch.Generator().manual_seed(0))
+ARCHITECTURES = list(tiny.ARCHITECTURES)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.tiny_base(tmp_path_factory.mktemp("base") / request.param, request.param)
+
+
+@torch.no_grad()
+def test_equals_from_pretrained(base: Path) -> None:
+    ours = load_model(base)
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+    for (name, mine), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert torch.equal(mine, other), name
+
+
+@torch.no_grad()
+def test_packed_documents_equal_the_documents_apart(base: Path) -> None:
+    model = load_model(base)
+    bounds = torch.tensor([0, 4, 21, 31], dtype=torch.int32)
+    lengths = (4, 17, 10)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = model(IDS, position_ids=positions, cu_seq_lens_q=bounds).logits
+    start = 0
+    for length in lengths:
+        alone = model(IDS[:, start : start + length]).logits
+        torch.testing.assert_close(packed[:, start : start + length], alone, rtol=1e-4, atol=1e-4)
+        start += length
+
+
+@torch.no_grad()
+def test_head_equals_the_models_own_forward(base: Path) -> None:
+    model = load_model(base)
+    hidden = model.base_model(input_ids=IDS).last_hidden_state[0]
+    torch.testing.assert_close(Head(model)(hidden), model(IDS).logits[0], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"model_type": "gemma2", "head_dim": 16, "final_logit_softcapping": 4.0}, "softcap"),
+        ({"model_type": "granite", "logits_scaling": 3.0}, "scale"),
+        ({"model_type": "cohere", "logit_scale": 0.25}, "scale"),
+    ],
+)
+def test_head_knows_scaled_and_capped_logits(settings: dict[str, object], field: str) -> None:
+    from transformers import AutoConfig
+
+    small = {k: v for k, v in tiny.ARCHITECTURES["llama"].items() if k not in ("model_type", "tie_word_embeddings")}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small, **settings, vocab_size=258)).eval()
+    head = Head(model)
+    assert head.plain_weight is None and getattr(head, field) not in (None, 1.0)
+    hidden = model.base_model(input_ids=IDS).last_hidden_state[0]
+    torch.testing.assert_close(head(hidden), model(IDS).logits[0], rtol=1e-5, atol=1e-5)
+
+
+def test_identity_follows_weights_and_not_the_path(tiny_base: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base, copy)
+    other = tiny.tiny_base(tmp_path / "other", seed=9)
+    assert base_identity(copy)["digest"] == base_identity(tiny_base)["digest"]
+    assert base_identity(other)["digest"] != base_identity(tiny_base)["digest"]
+
+
+def test_folders_that_are_no_model(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is not a folder"):
+        resolve_folder(str(tmp_path / "nowhere"))
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        resolve_folder(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match=r"no model\.safetensors"):
+        resolve_folder(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors at all")
+    with pytest.raises(ModelError, match="not readable as safetensors"):
+        load_model(tmp_path)
+    remote = tmp_path / "remote"
+    shutil.copytree(tiny_base, remote)
+    config = json.loads((remote / "config.json").read_text()) | {"auto_map": {"AutoConfig": "x.Y"}}
+    (remote / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="remote code"):
+        load_model(remote)
+
+
+def test_weights_of_another_shape_are_named(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "wrong"
+    shutil.copytree(tiny_base, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 96}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="do not belong together"):
+        load_model(folder)
