@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ _QUIET = {
 _WORKER_ENV = {"TOKENIZERS_PARALLELISM": "false"}
 _PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "WANDB_MODE", "WANDB_PROJECT")
 _OBJECT_STORE_BYTES = 512 * 2**20
+_REACH_TIMEOUT_S = 10.0
 
 
 @contextlib.contextmanager
@@ -53,10 +55,7 @@ def session(
 
 @contextlib.contextmanager
 def _joined(address: str) -> Iterator[None]:
-    if address.startswith(("http://", "https://")):
-        raise ClusterError(
-            f"{address!r} is a dashboard address; to join a cluster name `host:6379` or unset RAY_ADDRESS"
-        )
+    _reach(address)
     # A submitted job brings its environment in its own runtime_env, which Ray refuses to see set twice.
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     passed = _WORKER_ENV | {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
@@ -96,6 +95,22 @@ def _local(num_cpus: int | None, dashboard: bool) -> Iterator[None]:
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reach(address: str) -> None:
+    """Try the address first: Ray would wait for minutes for a cluster that is not there."""
+    if address == "auto":
+        return
+    scheme, _, rest = address.rpartition("://")
+    host, _, port = rest.rpartition(":")
+    if scheme not in ("", "ray") or not host or not port.isdigit():
+        raise ClusterError(
+            f"{address!r} is not a cluster; name `host:6379`, or unset RAY_ADDRESS for a local one"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(f"Ray cluster {address!r}: {error}; check that it runs and the address") from None
 
 
 def _init(address: str, settings: dict[str, Any]) -> None:

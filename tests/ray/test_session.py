@@ -74,7 +74,7 @@ def test_the_token_is_for_its_owner_only(tmp_path: Path) -> None:
 
 
 def test_a_cluster_that_is_not_there_is_one_line() -> None:
-    with pytest.raises(ClusterError, match="dashboard address"), session(address="http://127.0.0.1:8265"):
+    with pytest.raises(ClusterError, match="not a cluster"), session(address="http://127.0.0.1:8265"):
         pass
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
