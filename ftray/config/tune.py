@@ -4,7 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ftray.core.errors import ConfigError
 from ftray.core.spec import Piece, spec
+from ftray.core.types import is_name
 
 
 @spec
@@ -16,9 +18,12 @@ class TuneConfig:
     output_dir: str = "runs"
     """Where searches are kept."""
     recipe: str
-    """The recipe file each member trains."""
+    """The recipe file each member trains, in one worker whatever its `strategy`."""
+    overrides: list[str] = Field(default_factory=list)
+    """`a.b=value` changes to the recipe."""
     space: dict[str, dict[str, Any]] = Field(min_length=1)
-    """Dotted recipe path -> distribution: `{loguniform: [1e-3, 1e-2]}`, `{uniform: [a, b]}`, `{choice: [..]}`."""
+    """Dotted recipe path -> distribution: `{loguniform: [1e-3, 1e-2]}`, `{uniform: [a, b]}`,
+    `{quniform: [a, b, step]}`, `{int: [a, b]}`, `{choice: [..]}`."""
     policy: Annotated[Any, Piece("search")] = Field(default="pbt", validate_default=True)
     """Who trains on, with what."""
     num_members: int = Field(default=4, ge=1)
@@ -36,6 +41,12 @@ class TuneConfig:
     cpus_per_trial: float = Field(default=1.0, gt=0)
     """CPUs one segment takes."""
     max_failures: int = Field(default=1, ge=0)
-    """Crashes of one segment after which its member is replaced."""
+    """Times a crashed segment is run again before its member is replaced."""
+    train_fn: str = "ftray.train.worker:train"
+    """What trains a segment: `package.module:function(recipe, io, *, start_from, stop_at)`."""
     seed: int = Field(default=0, ge=0)
     """Seeds the first population, donors and perturbations."""
+
+    def __post_init__(self) -> None:
+        if not is_name(self.name):
+            raise ConfigError(f"name: {self.name!r} is refused; use a-z, 0-9, `.`, `_`, `-`")

@@ -1,0 +1,215 @@
+"""The engine of a search: hands out segments, takes results, journals every decision. No Ray, no torch.
+
+A segment is: train member m from checkpoint c with configuration h until step n. Whoever runs segments asks
+`next_segment()`, and answers with `finished()` or `failed()`. Generations are synchronous: the decision falls
+when the last member of a generation is through, inside the very record that says so.
+"""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray.config.tune import TuneConfig
+from ftray.core.errors import TuneError
+from ftray.core.fs import digest_json
+from ftray.core.spec import dump
+from ftray.tune.journal import Journal, Record
+from ftray.tune.population import Member, Population
+from ftray.tune.space import Space
+
+NOT_IDENTITY = ("name", "output_dir", "recipe", "max_concurrent", "cpus_per_trial")
+"""Settings that may change between a search and its resumption."""
+
+OnRecord = Callable[[Record], None]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One unit of work: plain data, safe to send anywhere."""
+
+    name: str
+    """Its folder; a hash of all that determines its result."""
+    member: int
+    segment: int
+    epoch: int
+    """The driver that asked for it."""
+    attempt: int
+    checkpoint: str | None
+    """Name of the segment whose checkpoint it starts from."""
+    config: dict[str, Any]
+    stop_at: int
+    """Optimiser step at which it ends."""
+
+
+class Engine:
+    """A search, opened for writing.
+
+    Args:
+        folder: where the journal is.
+        config: the search.
+        recipe: the resolved recipe as plain data; part of the search's identity.
+        on_record: called with every record, those of earlier drivers first.
+
+    Raises:
+        TuneError: if the journal belongs to another search, is damaged or is held by another driver.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TuneConfig,
+        recipe: dict[str, Any],
+        on_record: OnRecord = lambda record: None,
+    ) -> None:
+        self.config = config
+        self.space = Space(config.space)
+        config.policy.check(self.space, config.num_members)
+        self.journal = Journal(folder / "journal.jsonl")
+        self.population = Population()
+        self._on_record = on_record
+        try:
+            self._open({"format": 1, "recipe": recipe, **_identity(config)})
+        except BaseException:
+            self.journal.close()
+            raise
+
+    def _open(self, search: dict[str, Any]) -> None:
+        for record in self.journal.records:
+            self._take(record)
+        if self.population.opened is None:
+            configs = [self.space.sample(self.config.seed, index) for index in range(self.config.num_members)]
+            self._append({"kind": "open", "search": search, "configs": configs})
+        assert self.population.opened is not None
+        changed = [key for key in search if self.population.opened.get(key) != search[key]]
+        if changed:
+            raise TuneError(
+                f"{self.journal.path}: begun with another `{changed[0]}`; put it back or choose another name"
+            )
+        # Results that belong to an older driver's epoch are ignored from here on.
+        self._append({"kind": "epoch", "epoch": self.population.epoch + 1})
+
+    @property
+    def done(self) -> bool:
+        """True when every living member has finished its last segment."""
+        alive = self.population.alive
+        return bool(alive) and all(member.segment >= self.config.num_segments for member in alive)
+
+    def next_segment(self) -> Segment | None:
+        """The next segment to start, journaled as started; None if all that can run now is running.
+
+        Raises:
+            TuneError: if every member has failed.
+        """
+        if not self.population.alive:
+            reason = next(r["reason"] for r in reversed(self.journal.records) if r["kind"] == "fail")
+            raise TuneError(f"{self.journal.path}: every member has failed; the last one said: {reason}")
+        generation = self.population.generation()
+        if generation >= self.config.num_segments:
+            return None
+        for member in self.population.alive:
+            if member.segment == generation and member.index not in self.population.running:
+                segment = self._segment(member)
+                self._append({"kind": "start", **asdict(segment)})
+                return segment
+        return None
+
+    def finished(self, segment: Segment, score: float, metrics: dict[str, float], seconds: float) -> None:
+        """Take a segment's result. A score that is not finite is a divergence; a stale result is ignored."""
+        if self._stale(segment):
+            return
+        if not math.isfinite(score):
+            self._fail(segment, f"{self.config.metric} is {score}", final=True)
+            return
+        self._append_with_decisions(
+            {
+                "kind": "commit",
+                "member": segment.member,
+                "segment": segment.segment,
+                "checkpoint": segment.name,
+                "config": segment.config,
+                "score": score,
+                "metrics": {key: value for key, value in metrics.items() if math.isfinite(value)},
+                "seconds": round(seconds, 3),
+            }
+        )
+
+    def failed(self, segment: Segment, reason: str, *, retry: bool) -> None:
+        """Take a segment's failure. Without `retry`, or after `max_failures` of them, its member is out."""
+        if not self._stale(segment):
+            self._fail(segment, reason, final=not retry or segment.attempt >= self.config.max_failures)
+
+    def disposable(self, names: list[str]) -> list[str]:
+        """Which of these segments' checkpoints may be deleted: those that nothing refers to any more.
+
+        Also a segment that is about to be run again after a crash counts as referred to.
+        """
+        keep = self.population.referenced()
+        keep |= {self._segment(member).name for member in self.population.alive}
+        return [name for name in names if name not in keep]
+
+    def close(self) -> None:
+        """Give the journal back."""
+        self.journal.close()
+
+    def _segment(self, member: Member) -> Segment:
+        stop_at = (member.segment + 1) * self.config.segment_steps
+        identity = [member.checkpoint, member.config, member.index, member.segment, stop_at]
+        digest = digest_json(identity).removeprefix("xxh3:")[:12]
+        return Segment(
+            name=f"m{member.index:03}-s{member.segment:03}-{digest}",
+            member=member.index,
+            segment=member.segment,
+            epoch=self.population.epoch,
+            attempt=member.attempt,
+            checkpoint=member.checkpoint,
+            config=dict(member.config),
+            stop_at=stop_at,
+        )
+
+    def _stale(self, segment: Segment) -> bool:
+        running = self.population.running.get(segment.member)
+        return running is None or any(
+            running[key] != getattr(segment, key) for key in ("epoch", "segment", "attempt", "name")
+        )
+
+    def _fail(self, segment: Segment, reason: str, *, final: bool) -> None:
+        record = {
+            "kind": "fail",
+            "member": segment.member,
+            "segment": segment.segment,
+            "config": segment.config,
+        }
+        self._append_with_decisions({**record, "reason": reason, "final": final})
+
+    def _append_with_decisions(self, record: Record) -> None:
+        """Append a record together with what it brings about, if it closes a generation."""
+        after = copy.deepcopy(self.population)
+        after.apply(record)
+        generation = self.population.members[record["member"]].segment + 1
+        closed = all(member.segment >= generation for member in after.alive)
+        closed = closed and after.members[record["member"]].segment >= generation
+        if closed and generation < self.config.num_segments:
+            decisions = self.config.policy.decide(
+                after.members, generation, self.space, self.config.seed, self.config.mode
+            )
+            record = {**record, "decisions": [asdict(decision) for decision in decisions]}
+        self._append(record)
+
+    def _append(self, record: Record) -> None:
+        record = {**record, "time": round(time.time(), 3)}
+        self.journal.append(record)
+        self._take(record)
+
+    def _take(self, record: Record) -> None:
+        self.population.apply(record)
+        self._on_record(record)
+
+
+def _identity(config: TuneConfig) -> dict[str, Any]:
+    plain = {key: value for key, value in dump(config).items() if key not in NOT_IDENTITY}
+    return dict(json.loads(json.dumps(plain)))

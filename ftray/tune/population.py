@@ -1,0 +1,130 @@
+"""The state of a search as the fold of its journal: members, what they were trained from, what runs now."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftray.tune.journal import Record
+
+
+@dataclass
+class Member:
+    """One member of the population."""
+
+    index: int
+    config: dict[str, Any]
+    """Recipe path -> value."""
+    segment: int = 0
+    """Segments finished."""
+    checkpoint: str | None = None
+    """Name of the finished segment it goes on from; None: the beginning."""
+    score: float | None = None
+    """Score of that segment."""
+    alive: bool = True
+    """False once it diverged or crashed and nothing took its place."""
+    attempt: int = 0
+    """Failed attempts of the present segment."""
+    lineage: list[int] = field(default_factory=list)
+    """The members whose weights it carries, oldest first; it is itself the first."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A member goes on from a donor's checkpoint with a changed configuration (exploit and explore)."""
+
+    member: int
+    donor: int
+    checkpoint: str
+    score: float
+    config: dict[str, Any]
+    perturbed: bool
+    """Whether the configuration differs from the donor's."""
+    replaced: bool
+    """Whether the member had diverged or crashed."""
+
+
+class Population:
+    """Members and running segments, changed by records alone: equal records, equal state."""
+
+    def __init__(self) -> None:
+        self.opened: Record | None = None
+        self.epoch = 0
+        self.members: list[Member] = []
+        self.running: dict[int, Record] = {}
+        """Member -> the record that started its segment."""
+
+    def apply(self, record: Record) -> None:
+        """Take over one record of the journal."""
+        kind = record["kind"]
+        if kind == "open":
+            self.opened = record["search"]
+            self.members = [
+                Member(index, dict(config), lineage=[index]) for index, config in enumerate(record["configs"])
+            ]
+        elif kind == "epoch":
+            self.epoch = record["epoch"]
+            self.running = {}
+        elif kind == "start":
+            self.running[record["member"]] = record
+        elif kind == "commit":
+            self.running.pop(record["member"])
+            self._finish(record["member"], record["checkpoint"], record["score"])
+        elif kind == "fail":
+            self.running.pop(record["member"])
+            self._fail(record)
+        for decision in record.get("decisions", []):
+            self._decide(Decision(**decision))
+
+    def _finish(self, index: int, checkpoint: str, score: float) -> None:
+        member = self.members[index]
+        member.checkpoint, member.score = checkpoint, score
+        member.segment += 1
+        member.attempt = 0
+
+    def _fail(self, record: Record) -> None:
+        member = self.members[record["member"]]
+        member.attempt += 1
+        if record["final"]:
+            member.alive, member.score, member.attempt = False, None, 0
+            member.segment += 1
+
+    def _decide(self, decision: Decision) -> None:
+        member = self.members[decision.member]
+        member.config, member.checkpoint = dict(decision.config), decision.checkpoint
+        member.score, member.alive = decision.score, True
+        member.lineage = [*self.members[decision.donor].lineage, member.index]
+
+    @property
+    def alive(self) -> list[Member]:
+        """Members that train on."""
+        return [member for member in self.members if member.alive]
+
+    def generation(self) -> int:
+        """Segments that every living member has finished."""
+        return min((member.segment for member in self.alive), default=0)
+
+    def best(self, mode: str) -> Member | None:
+        """The member with the best last score; the lower number wins a tie."""
+        return next(iter(ranked(self.members, mode)), None)
+
+    def referenced(self) -> set[str]:
+        """Segments whose checkpoints are still needed: by a member, or by a segment that runs now."""
+        names = {member.checkpoint for member in self.members if member.alive}
+        names |= {start["checkpoint"] for start in self.running.values()}
+        names |= {start["name"] for start in self.running.values()}
+        return {name for name in names if name is not None}
+
+
+def ranked(members: Iterable[Member], mode: str) -> list[Member]:
+    """Living members with a score, best first."""
+    sign = 1.0 if mode == "min" else -1.0
+    scored = [(sign * m.score, m.index, m) for m in members if m.alive and m.score is not None]
+    return [member for _, _, member in sorted(scored, key=lambda item: item[:2])]
+
+
+def replay(records: Iterable[Record]) -> Population:
+    """The state after a sequence of records."""
+    population = Population()
+    for record in records:
+        population.apply(record)
+    return population

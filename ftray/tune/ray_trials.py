@@ -1,0 +1,210 @@
+"""A search on Ray Tune: each trial is one segment, run in actors that are kept and used again.
+
+Ray Tune gives resources, actors and their supervision; what is trained next, from what and with what is
+decided by `Engine`. Ray's own trial state is never read back: a restarted search replays the journal into a
+fresh Tuner.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.search import ConcurrencyLimiter, Searcher
+
+from ftray.cluster.ray_session import session
+from ftray.config.load import load, write_resolved
+from ftray.config.recipe import Recipe
+from ftray.config.tune import TuneConfig
+from ftray.core.errors import TuneError
+from ftray.core.spec import parse
+from ftray.tune.engine import Engine, OnRecord, Segment
+from ftray.tune.report import TuneResult, summarise, write_report
+from ftray.tune.segment import Job, Outcome, load_function, run_segment, segment_recipe
+from ftray.tune.space import Space
+
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Tune's own snapshots are not read; the warning that they are frequent says nothing here.
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+_ENDLESS = 10**6
+
+
+def run(config: TuneConfig, *, resume: bool = False, on_record: OnRecord = lambda record: None) -> TuneResult:
+    """Search, and report.
+
+    Args:
+        config: the search.
+        resume: go on where an earlier driver of the same search was. A finished search is only reported.
+        on_record: called with every record of the journal as it is written (those of earlier drivers first);
+            `Population.apply` turns them into the state of the members.
+
+    Returns:
+        The winner and what happened, as also written to `tune_result.json` in the search's folder.
+
+    Raises:
+        ConfigError: for a space or a setting that does not fit the recipe.
+        TuneError: if the search exists and `resume` is not set, all members failed, or it was interrupted.
+    """
+    started = time.perf_counter()
+    folder = Path(config.output_dir).absolute() / config.name
+    if not resume and (folder / "journal.jsonl").exists():
+        raise TuneError(f"{folder}: holds a search already; go on with --resume, or choose another name")
+    recipe = load(Recipe, config.recipe, config.overrides)
+    plain = segment_recipe(recipe, config.num_segments * config.segment_steps)
+    Space(config.space).check(parse(Recipe, plain))
+    load_function(config.train_fn)
+    engine = Engine(folder, config, plain, on_record)
+    try:
+        write_resolved(config, folder / "tune.yaml")
+        write_resolved(recipe, folder / "recipe.yaml")
+        job = Job(str(folder), plain, config.train_fn, config.metric, str(Path.cwd()))
+        if not engine.done:
+            with session(), _environment():
+                _fit(engine, job)
+        result = summarise(config, folder, engine.journal.records, time.perf_counter() - started)
+    finally:
+        engine.close()
+    write_report(result, engine.journal.records)
+    return result
+
+
+def _fit(engine: Engine, job: Job) -> None:
+    """Run the segments through Ray Tune until the engine has no more."""
+    config = engine.config
+    searcher = SegmentSearcher(engine, job)
+
+    def trial(settings: dict[str, Any]) -> None:
+        tune.report({"outcome": json.dumps(asdict(run_segment(job, Segment(**settings["segment"]))))})
+
+    def name(trial: Any) -> str:
+        segment = trial.config["segment"]
+        return f"{segment['name']}-{segment['epoch']}-{segment['attempt']}"
+
+    tuner = tune.Tuner(
+        tune.with_resources(trial, {"cpu": config.cpus_per_trial}),
+        tune_config=tune.TuneConfig(
+            search_alg=ConcurrencyLimiter(searcher, max_concurrent=config.max_concurrent),
+            num_samples=_ENDLESS,
+            reuse_actors=True,
+            trial_name_creator=name,
+            trial_dirname_creator=name,
+        ),
+        run_config=tune.RunConfig(
+            name=f"driver-{engine.population.epoch}", storage_path=str(Path(job.folder) / "tune"), verbose=0
+        ),
+    )
+    try:
+        tuner.fit()
+    except Exception:
+        # What the searcher latched is the cause of whatever Tune made of it.
+        if searcher.error is None:
+            raise
+    if searcher.error is not None:
+        raise searcher.error
+    if not engine.done:
+        raise TuneError(f"{job.folder}: the search was interrupted; go on with --resume")
+
+
+class SegmentSearcher(Searcher):
+    """Hands the engine's segments to Ray Tune as trials and brings their outcomes back."""
+
+    def __init__(self, engine: Engine, job: Job) -> None:
+        super().__init__()
+        self.engine = engine
+        self.job = job
+        self.error: BaseException | None = None
+        """Ray Tune swallows what `on_trial_complete` raises, so it is kept and raised by `suggest`."""
+        self._segments: dict[str, Segment] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray Tune pickles the searcher for a restore that never happens here."""
+        return {}
+
+    def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
+        """Nothing of Ray Tune's metric or search space is used."""
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next segment, None to be asked again later, or the end."""
+        if self.error is not None:
+            raise self.error
+        if self.engine.done:
+            return self.FINISHED
+        try:
+            segment = self.engine.next_segment()
+        except BaseException as error:
+            self.error = error
+            raise
+        if segment is None:
+            return None
+        self._segments[trial_id] = segment
+        return {"segment": asdict(segment)}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Take an outcome; a trial without one lost its process."""
+        segment = self._segments.pop(trial_id, None)
+        if segment is None or self.error is not None:
+            return
+        try:
+            if error or not result or "outcome" not in result:
+                self.engine.failed(segment, "the worker process died", retry=True)
+            else:
+                self._take(segment, Outcome(**json.loads(result["outcome"])))
+            self._collect()
+        except BaseException as raised:
+            self.error = raised
+
+    def _take(self, segment: Segment, outcome: Outcome) -> None:
+        if outcome.fatal:
+            raise TuneError(outcome.error)
+        if outcome.score is None:
+            self.engine.failed(segment, outcome.error, retry=outcome.retry)
+        else:
+            self.engine.finished(segment, outcome.score, outcome.metrics or {}, outcome.seconds)
+
+    def _collect(self) -> None:
+        """Delete checkpoints that nothing refers to; metrics and results stay for the report."""
+        segments = Path(self.job.folder) / "segments"
+        names = [path.parent.name for path in segments.glob("*/segment.json")]
+        for name in self.engine.disposable(names):
+            shutil.rmtree(segments / name / "checkpoints", ignore_errors=True)
+            shutil.rmtree(segments / name / "delta", ignore_errors=True)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """A segment reports once, at its end."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """The journal is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """The journal is the state."""
+
+    def get_state(self) -> dict[str, Any]:
+        """The journal is the state."""
+        return {}
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name in _ENVIRONMENT:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
