@@ -1,0 +1,72 @@
+"""What a prepare-time transform is, and how a list of them is applied.
+
+A transform is a pure function on a table of rows (`ftray.data.rows.ROW_SCHEMA`). A barrier needs to see a key
+of every row of the data set before it can say which rows stay: one pass for the keys, then a decision.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from ftray import catalog
+
+Mask = npt.NDArray[np.bool_]
+"""True where a row stays."""
+
+
+@runtime_checkable
+class RowTransform(Protocol):
+    """Changes or filters rows, each by itself."""
+
+    def __call__(self, rows: pa.Table) -> tuple[pa.Table, Counter[str]]:
+        """The rows that stay, and how many each rule filtered out."""
+
+
+@runtime_checkable
+class Barrier(Protocol):
+    """Filters rows by a comparison over the whole data set."""
+
+    rule: str
+    """Name under which filtered rows are counted."""
+
+    def keys(self, rows: pa.Table) -> list[bytes]:
+        """What is compared, one for each row."""
+
+    def keep(self, keys: list[list[bytes]]) -> list[Mask]:
+        """Which rows stay, from the keys of all work units in their order."""
+
+
+@dataclass
+class Transformed:
+    """Rows after the transforms."""
+
+    rows: pa.Table
+    filtered: Counter[str] = field(default_factory=Counter)
+    """Rows filtered out, by `transform.rule`."""
+    keys: list[bytes] | None = None
+    """Set if a barrier without a decision was met: the keys it asks for."""
+
+
+def apply_transforms(
+    rows: pa.Table, transforms: Sequence[RowTransform | Barrier], masks: Sequence[Mask]
+) -> Transformed:
+    """Apply transforms in order; `masks` are the decisions of the barriers among them, as far as known."""
+    result, decisions = Transformed(rows), iter(masks)
+    for transform in transforms:
+        name = catalog.name_of(type(transform)) or type(transform).__name__
+        if isinstance(transform, Barrier):
+            mask = next(decisions, None)
+            if mask is None:
+                result.keys = transform.keys(result.rows)
+                return result
+            counts = Counter({transform.rule: int((~mask).sum())})
+            result.rows = result.rows.filter(pa.array(mask))
+        else:
+            result.rows, counts = transform(result.rows)
+        result.filtered.update({f"{name}.{rule}": count for rule, count in counts.items() if count})
+    return result

@@ -1,0 +1,129 @@
+"""The work on one unit of a source file: lines -> rows -> transforms -> tokens -> packed rows -> shard.
+
+A pure function of the unit and the plan, run in a loop here or in Ray tasks by `ray_prepare.py`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftray.data.pack import Pieces, cut, pack, whole
+from ftray.data.rows import BadRow, parse_line, to_table
+from ftray.data.shards import write_shard
+from ftray.data.source import Unit, read_lines
+from ftray.data.tokenise import Documents, tokenise, tokeniser
+from ftray.data.transform.base import Barrier, Mask, RowTransform, apply_transforms
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to every unit."""
+
+    transforms: Sequence[RowTransform | Barrier]
+    """Prepare-time steps on rows."""
+    tokenizer_folder: str
+    """Where the tokenizer is."""
+    max_length: int
+    """Tokens in one packed row."""
+    packing: bool
+    """Several documents in one row."""
+    overlong: str
+    """`split` or `reject` documents longer than a row."""
+    folder: Path
+    """Where shards are written."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unit with the barriers' decisions about its rows."""
+
+    unit: Unit
+    """The byte range."""
+    masks: tuple[Mask, ...] = ()
+    """One for each barrier decided so far."""
+    final: bool = True
+    """False: run up to the next barrier and return its keys."""
+
+
+@dataclass
+class Outcome:
+    """What came out of one unit."""
+
+    unit: Unit
+    """The byte range."""
+    lines: int
+    """Lines that begin in it, blank ones counted."""
+    rows: int = 0
+    """Rows read (lines that are not blank)."""
+    documents: int = 0
+    """Rows that became documents."""
+    split: int = 0
+    """Documents cut into pieces because they are longer than a row."""
+    filtered: Counter[str] = field(default_factory=Counter)
+    """Rows filtered out, by rule."""
+    quarantined: list[dict[str, Any]] = field(default_factory=list)
+    """One record for each row that could not be used: file, offset, line (in the unit), reason."""
+    shard: dict[str, Any] | None = None
+    """The shard's manifest entry; None if no row is left."""
+    keys: list[bytes] | None = None
+    """What a barrier compares, if the task was not final."""
+
+
+Runner = Callable[[Callable[[Task], Outcome], Sequence[Task]], Iterable[Outcome]]
+"""Applies a function to tasks, here or elsewhere; outcomes come in any order."""
+
+
+def run_here(work: Callable[[Task], Outcome], tasks: Sequence[Task]) -> Iterator[Outcome]:
+    """The `Runner` of this process."""
+    return map(work, tasks)
+
+
+def work_on(plan: Plan, task: Task) -> Outcome:
+    """Prepare one unit. Raises `DataError` for what no row can be blamed for (a file, the tokenizer)."""
+    unit = task.unit
+    lines, number = read_lines(unit)
+    outcome = Outcome(unit, number, rows=len(lines))
+    parsed = []
+    for line in lines:
+        try:
+            parsed.append((line.offset, line.number, parse_line(line.content)))
+        except BadRow as error:
+            _quarantine(outcome, line.offset, line.number, str(error))
+    result = apply_transforms(to_table(parsed), plan.transforms, task.masks)
+    outcome.filtered = result.filtered
+    if not task.final:
+        outcome.keys = result.keys
+        return outcome
+    assert result.keys is None
+    documents, bad = tokenise(result.rows, tokeniser(plan.tokenizer_folder))
+    offsets, numbers = result.rows["offset"].to_pylist(), result.rows["line"].to_pylist()
+    for index, reason in bad:
+        _quarantine(outcome, offsets[index], numbers[index], reason)
+    _finish(plan, outcome, documents)
+    return outcome
+
+
+def _finish(plan: Plan, outcome: Outcome, documents: Documents) -> None:
+    """Cut, pack and write the documents of a unit."""
+    overlong = documents.lens > plan.max_length
+    outcome.documents = len(documents.lens)
+    if plan.overlong == "reject":
+        every = whole(documents)
+        pieces = Pieces(every.starts[~overlong], every.lens[~overlong])
+        outcome.documents -= int(overlong.sum())
+        outcome.filtered.update({"overlong": int(overlong.sum())} if overlong.any() else {})
+    else:
+        pieces = cut(documents, plan.max_length)
+        outcome.split = int(overlong.sum())
+    if not np.any(pieces.lens):
+        return
+    packed = pack(documents, pieces, plan.max_length, packing=plan.packing)
+    outcome.shard = write_shard(packed, plan.folder / f"shard-{outcome.unit.index:06d}.arrow")
+
+
+def _quarantine(outcome: Outcome, offset: int, line: int, reason: str) -> None:
+    outcome.quarantined.append({"file": outcome.unit.file, "offset": offset, "line": line, "reason": reason})

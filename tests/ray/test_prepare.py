@@ -1,0 +1,67 @@
+"""Preparation through Ray Data: the same shards as in one process, and the same errors."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from ftray.config.recipe import DataConfig
+from ftray.core.errors import DataError
+from ftray.core.fs import digest_tree
+from ftray.data import prepare as prepare_module
+from ftray.data.prepare import prepare_local
+from ftray.data.ray_prepare import prepare
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+def write_corpus(folder: Path) -> None:
+    for number in range(2):
+        rows = [{"text": f"file {number} row {i} " + "word " * (i % 40)} for i in range(300)]
+        rows += [{"prompt": "2 + 2 =", "completion": " 4"}, {"text": "the same in both"}]
+        lines = [json.dumps(row) for row in rows]
+        lines.insert(7, "{broken")
+        lines.insert(200, "")
+        (folder / f"part-{number}.jsonl").write_text("\n".join(lines), "utf-8")
+
+
+def test_the_shards_are_those_of_one_process(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "UNIT_BYTES", 9_000)
+    write_corpus(tmp_path)
+    data = DataConfig(
+        train=[str(tmp_path / "*.jsonl")],
+        transforms=["clean", "length", "dedup"],  # type: ignore[list-item]
+        max_length=128,
+        cache_dir=str(tmp_path / "here"),
+    )
+    here = prepare_local(data, str(tiny_base))
+    done: list[int] = []
+    there = prepare(
+        dataclasses.replace(data, cache_dir=str(tmp_path / "ray")),
+        str(tiny_base),
+        progress=lambda count, total: done.append(count),
+    )
+    files = digest_tree(here)
+    assert sum(name.endswith(".arrow") for name in files) >= 6
+    assert digest_tree(there) == files
+    assert done == sorted(done) and len(done) > 12
+    counts = json.loads((there / "manifest.json").read_text())["counts"]
+    assert sum(counts["quarantined"].values()) == 2
+    assert counts["filtered"] == {"dedup.duplicate": 2}
+    lines = [json.loads(line)["line"] for line in (there / "quarantine.jsonl").read_text().splitlines()]
+    assert lines == [8, 8]
+
+
+def test_a_mistake_of_the_user_comes_back_as_one_line(tmp_path: Path, tiny_base: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "a"}]}))
+    plain = tmp_path / "tokenizer"
+    plain.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (plain / name).write_bytes((tiny_base / name).read_bytes())
+    data = DataConfig(train=[str(tmp_path / "rows.jsonl")], cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match="has no chat template") as caught:
+        prepare(data, str(plain))
+    assert "\n" not in str(caught.value)
