@@ -5,7 +5,6 @@ import logging
 import os
 import secrets
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import ray
 from ray._private import ray_constants
 from ray.exceptions import RayError
 
+from ftray.cluster.reach import reach
 from ftray.core.errors import ClusterError, FtrayError
 
 _QUIET = {
@@ -25,7 +25,6 @@ _QUIET = {
 _WORKER_ENV = {"TOKENIZERS_PARALLELISM": "false"}
 _PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "WANDB_MODE", "WANDB_PROJECT")
 _OBJECT_STORE_BYTES = 512 * 2**20
-_REACH_TIMEOUT_S = 10.0
 
 
 @contextlib.contextmanager
@@ -107,10 +106,7 @@ def _reach(address: str) -> None:
         raise ClusterError(
             f"{address!r} is not a cluster; name `host:6379`, or unset RAY_ADDRESS for a local one"
         )
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
-    except OSError as error:
-        raise ClusterError(f"Ray cluster {address!r}: {error}; check that it runs and the address") from None
+    reach(address, host, int(port))
 
 
 def _init(address: str, settings: dict[str, Any]) -> None:

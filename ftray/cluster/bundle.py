@@ -1,0 +1,167 @@
+"""What a submitted job takes along: its configuration, the local files that names, and nothing else."""
+
+import os
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ftray import catalog
+from ftray.config.job import JobConfig
+from ftray.config.load import apply_override, read_yaml
+from ftray.core.errors import ClusterError, ConfigError
+
+_OUTPUT_KEYS = {"output_dir", "output", "cache_dir", "name"}
+_DATA_SUFFIXES = {
+    ".jsonl",
+    ".json",
+    ".yaml",
+    ".yml",
+    ".txt",
+    ".csv",
+    ".parquet",
+    ".gz",
+    ".zst",
+    ".safetensors",
+}
+_NEVER_SENT = {".git", ".venv", "venv", "__pycache__", ".env", ".ssh", ".gitignore"}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Files of a job: place in the job's folder -> local file, and paths the cluster must have itself."""
+
+    files: dict[str, Path] = field(default_factory=dict)
+    expected: list[str] = field(default_factory=list)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(path.stat().st_size for path in self.files.values())
+
+    def copy_to(self, folder: Path) -> None:
+        """Lay the files out in a folder."""
+        for place, path in self.files.items():
+            target = folder / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def collect(job: JobConfig) -> Bundle:
+    """The files a job needs, found from where the user stands.
+
+    Relative paths stay as they are written, so they mean the same on the cluster. An absolute path is not
+    sent: it is expected on the cluster (`Bundle.expected`).
+
+    Raises:
+        ConfigError: for a file that is named but not there, or lies outside the current folder.
+        ClusterError: if there is more to send than `max_upload_mb`.
+    """
+    bundle = Bundle()
+    if job.working_dir:
+        root = Path(job.working_dir)
+        if not root.is_dir():
+            raise ConfigError(f"working_dir: {job.working_dir!r} is not a folder; check the path")
+        _add(bundle, root, root)
+    elif job.config:
+        _add(bundle, Path(job.config), Path())
+        overrides = [
+            argument for argument in job.arguments if "=" in argument and not argument.startswith("-")
+        ]
+        _follow(bundle, job.config, overrides)
+    for name in job.files:
+        if not _take(bundle, name, "files"):
+            raise ConfigError(f"files: {name!r} does not exist; check the path")
+    if job.config and _place(job) not in bundle.files:
+        raise ConfigError(f"config: {job.config!r} is not a file inside {job.working_dir or 'this folder'}")
+    _check_size(bundle, job.max_upload_mb)
+    return bundle
+
+
+def command_line(job: JobConfig) -> str:
+    """The job's shell command. Every value is quoted: Ray hands the line to a shell."""
+    words = ["ftray", job.verb, *([_place(job)] if job.config else []), *job.arguments]
+    # `${X:?}` ends the shell when X is unset or empty; the value itself never leaves the node.
+    required = [f': "${{{name}:?is not set on this cluster, and the job needs it}}"' for name in job.secrets]
+    return " && ".join([*required, shlex.join(words)])
+
+
+def _place(job: JobConfig) -> str:
+    """Where the configuration lies in the job's folder."""
+    return os.path.relpath(job.config, job.working_dir) if job.working_dir else os.path.normpath(job.config)
+
+
+def _follow(bundle: Bundle, config: str, overrides: Sequence[str] = ()) -> None:
+    """Add the files a YAML names, and those that these name."""
+    data = read_yaml(config)
+    if not isinstance(data, dict):
+        return
+    for override in overrides:
+        apply_override(data, override)
+    for text in _strings(data):
+        new = _take(bundle, text, config)
+        for path in new or []:
+            if path.suffix in (".yaml", ".yml"):
+                _follow(bundle, str(path))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in plain data that may be a path to read."""
+    if isinstance(value, str):
+        if value not in ("", ".", "..") and "\0" not in value and len(value) < 1024:
+            yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in _OUTPUT_KEYS:
+                yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _take(bundle: Bundle, text: str, where: str) -> list[Path] | None:
+    """Add what a string names; the files that are new, or None if it names nothing here."""
+    if any(text in table for table in catalog.METHODS.values()):
+        return None
+    if text.startswith("/"):
+        if text not in bundle.expected:
+            bundle.expected.append(text)
+        return []
+    if ":" in text and "/" not in text:  # the user's own `package.module:attr`
+        text = text.partition(":")[0].partition(".")[0]
+        text = text if Path(text).is_dir() else f"{text}.py"
+    found = [Path(text)] if os.path.lexists(text) else sorted(Path().glob(text)) if "*" in text else []
+    is_data = Path(text).suffix in _DATA_SUFFIXES and not any(map(str.isspace, text))
+    if not found and (is_data or "*" in text):
+        raise ConfigError(
+            f"{where}: {text!r} is not here; check it, or give its absolute path on the cluster"
+        )
+    return [path for item in found for path in _add(bundle, item, Path())] if found else None
+
+
+def _add(bundle: Bundle, path: Path, root: Path) -> list[Path]:
+    """Add a file, or all files of a folder; returns the new ones."""
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(f"{path} lies outside {root.resolve()}; submit from a folder above it")
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; check the path")
+    members = [path] if path.is_file() else [item for item in sorted(path.rglob("*")) if item.is_file()]
+    new = []
+    for member in members:
+        place = os.path.relpath(member, root)
+        if place not in bundle.files and not _NEVER_SENT.intersection(Path(place).parts):
+            bundle.files[place] = member
+            new.append(member)
+    return new
+
+
+def _check_size(bundle: Bundle, max_mb: int) -> None:
+    if bundle.size_bytes > max_mb * 1_000_000:
+        largest = max(bundle.files.values(), key=lambda path: path.stat().st_size)
+        size_mb = round(bundle.size_bytes / 1_000_000)
+        raise ClusterError(
+            f"{size_mb} MB to send, more than max_upload_mb={max_mb}; the largest is {largest}: "
+            "put it on storage the cluster reads and name that, or raise the limit"
+        )

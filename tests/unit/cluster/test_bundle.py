@@ -1,0 +1,147 @@
+"""What a job takes along, and how its command survives a shell."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ftray.cluster.bundle import collect, command_line
+from ftray.config.job import JobConfig
+from ftray.core.errors import ClusterError, ConfigError, FtrayError
+
+NASTY = [
+    "a b",
+    "x; touch pwned",
+    "$(touch pwned)",
+    "`touch pwned`",
+    "a'b",
+    'a"b',
+    "a\nb",
+    "&& touch pwned",
+    "*",
+    "~",
+]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a user has it: a recipe, what it names, and much that it does not."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "base").mkdir()
+    (tmp_path / "runs").mkdir()
+    for name in (
+        "data/a.jsonl",
+        "data/b.jsonl",
+        "data/other.jsonl",
+        "base/config.json",
+        "runs/old.bin",
+        ".env",
+    ):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "mine.py").write_text("class Mine: pass")
+    (tmp_path / "recipe.yaml").write_text(
+        "name: r\noutput_dir: runs\nmodel: {model_name_or_path: base}\n"
+        "data: {train: [data/a.jsonl, 'data/[b]*.jsonl'], validation: /shared/v.jsonl}\n"
+        "adapt: lora\nobjective: mine:Mine\n"
+    )
+    (tmp_path / "tune.yaml").write_text("name: t\nrecipe: recipe.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_only_what_is_named_is_sent(project: Path) -> None:
+    bundle = collect(JobConfig(name="j", verb="tune", config="tune.yaml"))
+    sent = {"tune.yaml", "recipe.yaml", "data/a.jsonl", "data/b.jsonl", "base/config.json", "mine.py"}
+    assert set(bundle.files) == sent
+    assert bundle.expected == ["/shared/v.jsonl"]
+    bundle.copy_to(project / "copy")
+    assert {str(path.relative_to(project / "copy")) for path in (project / "copy").rglob("*.*")} == sent
+
+
+def test_an_override_names_files_too(project: Path) -> None:
+    bundle = collect(
+        JobConfig(name="j", config="recipe.yaml", arguments=["data.train=data/other.jsonl", "--resume"])
+    )
+    assert "data/other.jsonl" in bundle.files and "data/a.jsonl" not in bundle.files
+
+
+def test_a_working_dir_is_sent_whole_without_secrets(project: Path) -> None:
+    job = JobConfig(name="j", config="recipe.yaml", working_dir=".")
+    bundle = collect(job)
+    assert "runs/old.bin" in bundle.files and ".env" not in bundle.files
+    assert command_line(JobConfig(name="j", config=f"{project}/data/a.jsonl", working_dir="data")) == (
+        "ftray run a.jsonl"
+    )
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ({"config": "missing.yaml"}, "missing.yaml"),
+        ({"config": "recipe.yaml", "arguments": ["data.train=data/none.jsonl"]}, "data/none.jsonl"),
+        ({"config": "recipe.yaml", "files": ["nothing"]}, "nothing"),
+        ({"config": "recipe.yaml", "working_dir": "data"}, "data"),
+        ({"config": "recipe.yaml", "working_dir": "nowhere"}, "nowhere"),
+        ({"config": "recipe.yaml", "arguments": ["data.train=../outside.jsonl"]}, "outside"),
+    ],
+)
+def test_what_cannot_be_sent_is_one_line(project: Path, job: dict[str, object], message: str) -> None:
+    (project.parent / "outside.jsonl").write_text("{}")
+    with pytest.raises(FtrayError, match=message) as raised:
+        collect(JobConfig(name="j", **job))  # type: ignore[arg-type]
+    assert "\n" not in str(raised.value)
+
+
+def test_too_much_names_the_largest_file(project: Path) -> None:
+    with (project / "base" / "model.safetensors").open("wb") as file:
+        file.truncate(2_000_000)
+    with pytest.raises(ClusterError, match=r"2 MB to send, more than max_upload_mb=1; .*model\.safetensors"):
+        collect(JobConfig(name="j", config="recipe.yaml", max_upload_mb=1))
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_no_value_reaches_the_shell_unquoted(tmp_path: Path, nasty: str) -> None:
+    line = command_line(JobConfig(name="j", config=nasty, arguments=[nasty]))
+    assert shlex.split(line) == ["ftray", "run", nasty, nasty]
+    shown = subprocess.run(
+        ["/bin/sh", "-c", line.replace("ftray", "printf '%s\\0'", 1)],
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+    )
+    assert shown.stdout.decode().split("\0")[1:3] == [nasty, nasty]
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_secret_is_demanded_by_name_only(tmp_path: Path) -> None:
+    line = command_line(JobConfig(name="j", verb="version", secrets=["MY_TOKEN"]))
+    (tmp_path / "ftray").write_text("#!/bin/sh\necho ran\n")
+    (tmp_path / "ftray").chmod(0o755)
+
+    def run(**env: str) -> subprocess.CompletedProcess[str]:
+        path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        return subprocess.run(["/bin/sh", "-c", line], env=path | env, capture_output=True, text=True)
+
+    assert run(MY_TOKEN="x").stdout == "ran\n"
+    without = run()
+    assert without.returncode != 0 and "MY_TOKEN" in without.stderr and without.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"env": {"HF_TOKEN": "hf_x"}},
+        {"env": {"WANDB_API_KEY": "x"}},
+        {"env": {"A B": "x"}},
+        {"secrets": ["X}; touch pwned; ${Y"]},
+        {"name": "../x"},
+        {"verb": "rm"},
+        {"config": ""},
+    ],
+)
+def test_a_job_that_would_leak_or_break_is_refused(fields: dict[str, object]) -> None:
+    from ftray.core.spec import parse
+
+    with pytest.raises(ConfigError):
+        parse(JobConfig, {"name": "j", "verb": "run", "config": "r.yaml"} | fields)
