@@ -34,7 +34,7 @@ class Sampling:
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "use at least 1")
         _require(0.0 <= self.temperature <= 2.0, "temperature", self.temperature, "use 0 to 2")
         _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "use more than 0 and at most 1")
-        _require(len(self.stop) <= 16 and all(self.stop), "stop", self.stop, "use up to 16 strings, none empty")
+        _require(len(self.stop) <= 16 and all(self.stop), "stop", self.stop, "use up to 16, none empty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +170,10 @@ class EngineConfig(Protocol):
 
     def build(self, base: str) -> Engine:
         """Load a base model folder and return an engine over it."""
+        ...
+
+    def load_tokenizer(self, base: str) -> Any:
+        """The base's tokenizer alone, for whoever renders prompts without holding the model."""
         ...
 
 

@@ -1,0 +1,134 @@
+"""The engine for models that do not go through the paged attention: Hugging Face's own attention and cache.
+
+One forward pass a request: slower than a shared one, but right for every model that transformers runs.
+"""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field
+
+from ftray.adapt.lora import unload_adapter
+from ftray.adapt.route import Route
+from ftray.core.spec import spec
+from ftray.engine.base import DeltaGate, eos_ids, max_positions
+from ftray.engine.core import StepEngine
+from ftray.engine.scheduler import Row, Scheduler, Sequence
+from ftray.engine.torch_engine import engine_info, load_checked, pick_device
+from ftray.model.build import load_model
+from ftray.model.folder import resolve_folder
+from ftray.model.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from ftray.engine.torch_engine import TorchEngineConfig
+
+
+class HFRunner:
+    """Computes each row alone, with a cache object of its own."""
+
+    def __init__(self, model: Any, gate: DeltaGate) -> None:
+        self.model = model
+        self._gate = gate
+        self._device = next(model.parameters()).device
+        self._route = model.ftray_route = getattr(model, "ftray_route", None) or Route()
+        self._caches: dict[str, Any] = {}
+
+    @torch.inference_mode()
+    def forward(self, rows: list[Row], keys: list[str | None], keep: list[int]) -> torch.Tensor:
+        """See `Runner.forward`."""
+        wanted, first, kept = set(keep), 0, []
+        for row, key in zip(rows, keys, strict=True):
+            with self._route.use(active=key):
+                logits = self._row(row)
+            kept += [logits[at] for at in range(row.length) if first + at in wanted]
+            first += row.length
+        return torch.stack(kept) if kept else torch.empty(0)
+
+    def _row(self, row: Row) -> torch.Tensor:
+        from transformers import DynamicCache
+
+        request_id = row.seq.request.id
+        if row.start == 0:
+            self._caches[request_id] = DynamicCache(config=self.model.config)
+        tokens = row.seq.tokens[row.start : row.start + row.length]
+        output = self.model(
+            input_ids=torch.tensor([tokens], device=self._device),
+            past_key_values=self._caches[request_id],
+            use_cache=True,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def release(self, seq: Sequence) -> None:
+        """Drop the sequence's cache."""
+        self._caches.pop(seq.request.id, None)
+
+    def load(self, key: str, folder: str) -> None:
+        """See `Runner.load`."""
+        load_checked(self.model, self._gate, key, folder)
+
+    def unload(self, key: str) -> None:
+        """See `Runner.unload`."""
+        unload_adapter(self.model, key)
+
+
+@spec
+class HFGenerateConfig:
+    """Settings of the plain Hugging Face engine."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the base's weights."""
+    device: str = "auto"
+    """`cpu`, `cuda` or a torch device; `auto` takes CUDA where there is one."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of a step; null: as torch finds them."""
+    max_num_seqs: int = Field(default=8, ge=1)
+    """Requests that run at once, in turns."""
+    kv_cache_tokens: int = Field(default=32768, ge=16)
+    """Tokens of all running requests together."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Most tokens of a prompt and its answer; null: what the model allows."""
+
+    def load_tokenizer(self, base: str) -> Any:
+        """The base's tokenizer."""
+        return load_tokenizer(resolve_folder(base))
+
+    def build(self, base: str) -> StepEngine:
+        """Load a base and return an engine over it."""
+        if self.num_threads:
+            torch.set_num_threads(self.num_threads)
+        folder = resolve_folder(base)
+        model = _load(folder, self.dtype).to(pick_device(self.device))
+        tokenizer = load_tokenizer(folder)
+        gate = DeltaGate(folder, tokenizer)
+        positions = max_positions(model.config)
+        scheduler = Scheduler(
+            max_num_seqs=self.max_num_seqs,
+            # A prompt is one forward pass of its own, so there is nothing to gain from cutting it up.
+            max_batch_tokens=max(positions, self.max_num_seqs) * self.max_num_seqs,
+            num_blocks=self.kv_cache_tokens,
+            block_size=1,
+            max_length=min(self.max_length or positions, positions, self.kv_cache_tokens),
+        )
+        info = engine_info("hf_generate", gate, scheduler)
+        ends = eos_ids(folder, model.config, tokenizer)
+        return StepEngine(HFRunner(model, gate), tokenizer, scheduler, info, ends)
+
+
+def _load(folder: Any, dtype: str) -> Any:
+    try:
+        return load_model(folder, dtype=dtype, attn="sdpa")
+    except (ValueError, ImportError):  # how transformers says that a model has no such attention
+        return load_model(folder, dtype=dtype, attn="eager")
+
+
+def build_fallback(config: "TorchEngineConfig", base: str) -> StepEngine:
+    """This engine with the settings that another was given."""
+    settings = HFGenerateConfig(
+        dtype=config.dtype,
+        device=config.device,
+        max_num_seqs=config.max_num_seqs,
+        kv_cache_tokens=config.kv_cache_tokens,
+        max_length=config.max_length,
+    )
+    return settings.build(base)

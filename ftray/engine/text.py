@@ -1,0 +1,90 @@
+"""Tokens to text as they come: whole characters only, and stop strings cut wherever they are split."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+_WINDOW = 16
+_CONTEXT = 6
+_INCOMPLETE = "�"
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer this needs."""
+
+    def decode(self, token_ids: Sequence[int], **settings: Any) -> str:
+        """Text of tokens."""
+        ...
+
+
+class Detokeniser:
+    """Text of a growing list of tokens.
+
+    A tokenizer decodes a token differently by what stands before it (a leading space, half an emoji), so each
+    token is decoded with a window of earlier ones, and text that ends in an open character is held back. The
+    joined increments equal decoding everything at once.
+    """
+
+    def __init__(self, tokenizer: Decoder, prompt_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._window = list(prompt_ids[-_CONTEXT:])
+        self._known = self._decode(self._window).rstrip(_INCOMPLETE)
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """Add tokens; returns the text that is now certain."""
+        self._window += token_ids
+        text = self._decode(self._window)
+        if text.endswith(_INCOMPLETE) or len(text) <= len(self._known):
+            return ""
+        new = text[len(self._known) :]
+        self._known = text
+        if len(self._window) > _WINDOW:
+            self._window = self._window[-_CONTEXT:]
+            self._known = self._decode(self._window)
+        return new
+
+    def finish(self) -> str:
+        """The rest at the end of the tokens, without a character that was never completed."""
+        text = self._decode(self._window).rstrip(_INCOMPLETE)
+        new, self._known = text[len(self._known) :], text
+        return new
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class StopStrings:
+    """Holds text back while it may be the beginning of a stop string, and cuts it at the first met."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.met = False
+
+    def feed(self, text: str) -> str:
+        """Add text; returns what may be shown. Sets `met` when a stop string is complete."""
+        if not self._stop or self.met:
+            return "" if self.met else text
+        self._held += text
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.met = True
+            shown, self._held = self._held[: min(found)], ""
+            return shown
+        keep = self._open_tail()
+        shown = self._held[: len(self._held) - keep]
+        self._held = self._held[len(self._held) - keep :]
+        return shown
+
+    def finish(self) -> str:
+        """What was held back for a stop string that did not come."""
+        held, self._held = self._held, ""
+        return held
+
+    def _open_tail(self) -> int:
+        """Length of the longest tail that begins a stop string."""
+        longest = max(len(stop) for stop in self._stop) - 1
+        for size in range(min(longest, len(self._held)), 0, -1):
+            tail = self._held[-size:]
+            if any(stop.startswith(tail) for stop in self._stop):
+                return size
+        return 0

@@ -1,0 +1,180 @@
+"""The engine: continuous batching of many deltas over one Hugging Face model graph.
+
+Tokens of all rows stand on one axis without padding. Each row's attention goes through the paged cache, each
+stretch of rows of one delta through its adapter. At load the engine checks itself against the plain model and
+falls back, saying so, to one request at a time where the model does not take part.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from ftray.adapt.lora import LoRALinear, load_adapter, unload_adapter
+from ftray.adapt.route import Route, Segment
+from ftray.core.errors import DeltaError
+from ftray.core.spec import spec
+from ftray.engine import paged
+from ftray.engine.api import EngineInfo
+from ftray.engine.base import DeltaGate, eos_ids, max_positions
+from ftray.engine.core import StepEngine
+from ftray.engine.scheduler import Row, Scheduler, Sequence
+from ftray.engine.selfcheck import self_check
+from ftray.model.build import load_model
+from ftray.model.folder import resolve_folder
+from ftray.model.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class TorchRunner:
+    """Computes a step's logits with one forward pass over all rows."""
+
+    def __init__(self, model: Any, gate: DeltaGate | None, cache: paged.KVCache) -> None:
+        self.model = model
+        self.cache = cache
+        self.calls = 0
+        """Attention calls of the last step."""
+        self._gate = gate
+        self._device = next(model.parameters()).device
+        self._route = model.ftray_route = getattr(model, "ftray_route", None) or Route()
+
+    @torch.inference_mode()
+    def forward(self, rows: list[Row], keys: list[str | None], keep: list[int]) -> torch.Tensor:
+        """See `Runner.forward`."""
+        for row in rows:
+            if row.start == 0:
+                self.cache.assign(row.seq.row, row.seq.blocks)
+        step = paged.Step(self.cache, rows)
+        tokens = [token for row in rows for token in row.seq.tokens[row.start : row.start + row.length]]
+        segments = _segments(rows, keys)
+        alone = segments[0][0] if len(segments) == 1 else None
+        with paged.using(step), self._route.use(alone, None if len(segments) == 1 else segments):
+            logits: torch.Tensor = self.model(
+                input_ids=torch.tensor([tokens], device=self._device),
+                position_ids=step.positions[None],
+                use_cache=False,
+                # An empty choice is a slice of nothing for some models, of everything for others.
+                logits_to_keep=torch.tensor(keep or [0], device=self._device),
+            ).logits[0]
+        self.calls = step.calls
+        return logits[: len(keep)]
+
+    def release(self, seq: Sequence) -> None:
+        """Blocks are cleared when they are given out again."""
+
+    def load(self, key: str, folder: str) -> None:
+        """See `Runner.load`."""
+        load_checked(self.model, self._gate, key, folder)
+
+    def unload(self, key: str) -> None:
+        """See `Runner.unload`."""
+        unload_adapter(self.model, key)
+
+
+def load_checked(model: Any, gate: DeltaGate | None, key: str, folder: str) -> None:
+    """Load an adapter if it belongs to the model's base. Raises `DeltaError`, leaving nothing behind."""
+    path = Path(folder)
+    if gate:
+        gate.check(path)
+    load_adapter(model, key, path)
+    head = model.get_output_embeddings()
+    if isinstance(head, LoRALinear) and key in head.scaling:
+        unload_adapter(model, key)
+        # The head sees the last tokens only, so a mixed batch's stretches do not fit it.
+        raise DeltaError(f"{folder}: it adapts the output head, which is not served; train without `lm_head`")
+
+
+def _segments(rows: list[Row], keys: list[str | None]) -> list[Segment]:
+    """Neighbouring rows of one delta as one stretch of the token axis."""
+    segments: list[Segment] = []
+    first = 0
+    for row, key in zip(rows, keys, strict=True):
+        start = segments.pop()[1] if segments and segments[-1][0] == key else first
+        first += row.length
+        segments.append((key, start, first))
+    return segments
+
+
+@spec
+class TorchEngineConfig:
+    """Settings of our own engine."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the base's weights and of the KV cache."""
+    device: str = "auto"
+    """`cpu`, `cuda` or a torch device; `auto` takes CUDA where there is one."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of a step; null: as torch finds them."""
+    max_num_seqs: int = Field(default=32, ge=1)
+    """Requests that run at once."""
+    max_batch_tokens: int = Field(default=2048, ge=1)
+    """Tokens of one step, prompts and decoding together."""
+    kv_cache_tokens: int = Field(default=32768, ge=16)
+    """Tokens whose keys and values are held, over all requests."""
+    block_size: int = Field(default=16, ge=1)
+    """Tokens in one block of the cache."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Most tokens of a prompt and its answer; null: what model and cache allow."""
+
+    def load_tokenizer(self, base: str) -> Any:
+        """The base's tokenizer."""
+        return load_tokenizer(resolve_folder(base))
+
+    def build(self, base: str) -> StepEngine:
+        """Load a base and return an engine over it, or over plain Hugging Face if the check fails."""
+        if self.num_threads:
+            torch.set_num_threads(self.num_threads)
+        folder = resolve_folder(base)
+        device = pick_device(self.device)
+        model = load_model(folder, dtype=self.dtype, attn=paged.NAME).to(device)
+        if problem := self_check(model, self._runner, max_positions(model.config)):
+            from ftray.engine.hf_generate import build_fallback
+
+            logger.warning(
+                "%s: %s; answering with plain Hugging Face, one request at a time", folder, problem
+            )
+            return build_fallback(self, base)
+        tokenizer = load_tokenizer(folder)
+        gate = DeltaGate(folder, tokenizer)
+        scheduler = self.scheduler(max_positions(model.config))
+        runner = self._runner(model, scheduler, gate)
+        info = engine_info("torch", gate, scheduler)
+        return StepEngine(runner, tokenizer, scheduler, info, eos_ids(folder, model.config, tokenizer))
+
+    def scheduler(self, positions: int) -> Scheduler:
+        """A scheduler for a model that takes `positions` tokens."""
+        num_blocks = max(1, self.kv_cache_tokens // self.block_size)
+        return Scheduler(
+            max_num_seqs=self.max_num_seqs,
+            max_batch_tokens=max(self.max_batch_tokens, self.max_num_seqs),
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            max_length=min(self.max_length or positions, positions, num_blocks * self.block_size),
+        )
+
+    def _runner(self, model: Any, scheduler: Scheduler, gate: DeltaGate | None = None) -> TorchRunner:
+        device = next(model.parameters()).device
+        num_blocks, length = scheduler.pool.num_blocks, scheduler.max_length
+        cache = paged.KVCache(num_blocks, scheduler.block_size, scheduler.max_num_seqs, length, device)
+        return TorchRunner(model, gate, cache)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of a `device` setting."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def engine_info(engine: str, gate: DeltaGate, scheduler: Scheduler) -> EngineInfo:
+    """Facts to report about an engine over a base."""
+    return EngineInfo(
+        engine=engine,
+        base=gate.identity["name"],
+        base_digest=gate.identity["digest"],
+        chat_template_hash=gate.template_hash,
+        max_length=scheduler.max_length,
+    )

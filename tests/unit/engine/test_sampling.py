@@ -1,0 +1,58 @@
+"""Each row by its own settings, and the same draws in any company."""
+
+import pytest
+import torch
+
+from ftray.core.errors import RequestError
+from ftray.engine.api import Sampling
+from ftray.engine.sampling import Draws, sample
+
+
+def test_rows_do_not_disturb_each_other() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    warm = Sampling(temperature=1.0, seed=5)
+    alone = [sample(logits[1:2], [draws])[0] for draws in [Draws(warm)] for _ in range(20)]
+    draws = [Draws(Sampling()), Draws(warm), Draws(Sampling(temperature=2.0, seed=9))]
+    together = [sample(logits, draws) for _ in range(20)]
+    assert [tokens[1] for tokens in together] == alone
+    assert {tokens[0] for tokens in together} == {int(logits[0].argmax())}
+    assert len(set(alone)) > 3
+
+
+def test_frequencies_follow_the_distribution() -> None:
+    probabilities = torch.tensor([0.5, 0.3, 0.2])
+    draws = Draws(Sampling(temperature=1.0, seed=1))
+    count = 4000
+    tokens = [sample(probabilities.log()[None], [draws])[0] for _ in range(count)]
+    shares = torch.tensor([tokens.count(token) / count for token in range(3)])
+    assert torch.allclose(shares, probabilities, atol=0.03)  # about four standard errors
+
+
+@pytest.mark.parametrize(("top_p", "allowed"), [(0.4, {0}), (0.5, {0}), (0.6, {0, 1}), (1.0, {0, 1, 2})])
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, allowed: set[int]) -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    draws = Draws(Sampling(temperature=1.0, top_p=top_p, seed=2))
+    assert {sample(logits, [draws])[0] for _ in range(200)} == allowed
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    logits = torch.tensor([[80.0, 79.9, -float("inf")]])
+    assert sample(logits, [Draws(Sampling(temperature=1e-4, seed=0))]) == [0]
+
+
+def test_a_row_that_is_not_finite_gives_no_token() -> None:
+    logits = torch.zeros(3, 4)
+    logits[0, 2] = float("nan")
+    logits[1, 0] = -float("inf")
+    tokens = sample(logits, [Draws(Sampling(temperature=t, seed=0)) for t in (0.0, 0.0, 1.0)])
+    assert tokens[0] is None
+    assert None not in tokens[1:]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_tokens": 0}, {"temperature": -0.1}, {"top_p": float("nan")}, {"stop": ("",)}],
+)
+def test_settings_out_of_range_name_the_field(settings: dict[str, object]) -> None:
+    with pytest.raises(RequestError, match=next(iter(settings))):
+        Sampling(**settings)  # type: ignore[arg-type]
