@@ -60,12 +60,15 @@ def segment_recipe(recipe: Recipe, num_steps: int) -> dict[str, Any]:
     """A user's recipe as the search runs it, as plain data.
 
     Schedules span all segments, nothing is saved or validated but at a segment's end, and each member is
-    trained by one worker: how a run is spread changes its result by rounding only.
+    trained by one worker: how a run is spread changes its result by rounding only. `bf16: auto` is a timing,
+    by which members would differ by chance; here it means float32.
     """
     limits = {"max_steps": num_steps, "num_train_epochs": None, "max_time_s": None}
     quiet = {"eval_steps": None, "save_steps": None, "save_total_limit": 1}
     data = dump(recipe)
     data["train"] |= limits | quiet
+    if data["train"]["bf16"] == "auto":
+        data["train"]["bf16"] = False
     return {**data, "strategy": "single", "tracking": []}
 
 

@@ -1,0 +1,168 @@
+"""Searches over real Ray Tune with a toy to train: what happened must be what the journal says."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ftray.config.load import load
+from ftray.config.tune import TuneConfig
+from ftray.core.errors import TuneError
+from ftray.tune.journal import read
+from ftray.tune.population import replay
+from ftray.tune.ray_trials import run
+
+pytestmark = pytest.mark.ray
+
+RECIPE = {
+    "name": "toy",
+    "model": {"init": "config", "config": {"model_type": "llama"}},
+    "adapt": "lora",
+    "objective": "sft",
+    "optim": "adamw",
+    "lr_scheduler": "constant",
+    "strategy": "single",
+    "train": {"max_steps": 1},
+}
+SEARCH = {
+    "name": "search",
+    "space": {"optim.learning_rate": {"loguniform": [1e-3, 0.3]}, "adapt.r": {"choice": [2, 4, 8]}},
+    "num_members": 4,
+    "num_segments": 3,
+    "segment_steps": 4,
+    "train_fn": "ftray.testing.toy_train:train",
+}
+
+
+def write_search(folder: Path, toy: dict | None = None, **changes) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "toy.json").write_text(json.dumps(toy or {}))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**RECIPE, "data": {"train": str(folder / "toy.json")}}))
+    file = folder / "tune.yaml"
+    where = {"recipe": str(recipe), "output_dir": str(folder / "runs")}
+    file.write_text(yaml.safe_dump({**SEARCH, **where, **changes}))
+    return file
+
+
+def search(folder: Path, toy: dict | None = None, *, resume: bool = False, **changes):
+    return run(load(TuneConfig, write_search(folder, toy, **changes)), resume=resume)
+
+
+def outcome(result) -> tuple:
+    return result.member, result.score, result.config, result.lineage, result.checkpoint.parts[-3:]
+
+
+def work(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "toy.log").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return search(folder), folder
+
+
+def test_every_segment_is_trained_once_and_members_are_perturbed(undisturbed):
+    result, folder = undisturbed
+    steps = Counter((line["run"], line["step"]) for line in work(folder))
+    assert len(steps) == 4 * 3 * 4 and set(steps.values()) == {1}
+    assert result.num_segments == 12 and result.num_drivers == 1
+    assert result.num_perturbations == result.num_exploits == 2
+    # Two slots, used again: a process for each segment would be twelve.
+    assert len({line["pid"] for line in work(folder)}) <= 3
+
+
+def test_the_lineage_is_that_of_the_journal_and_of_the_work_done(undisturbed):
+    result = undisturbed[0]
+    records = read(result.journal)
+    members = replay(records).members
+    assert members[result.member].lineage == result.lineage
+    assert result.score == min(member.score for member in members)
+    for record in (r for r in records if r["kind"] == "commit"):
+        segment = json.loads((result.folder / "segments" / record["checkpoint"] / "segment.json").read_text())
+        assert segment["segment"]["config"] == record["config"]
+        assert segment["metrics"]["eval_loss"] == record["score"]
+    assert [step["segment"] for step in result.schedule] == [0, 1, 2]
+    # The winner's weights follow from its schedule alone.
+    weight = 4.0
+    for step in range(12):
+        rate = result.schedule[step // 4]["config"]["optim.learning_rate"]
+        weight -= rate * random.Random(step).uniform(0.5, 1.5) * weight
+    assert weight**2 == result.score
+
+
+def test_what_the_report_names_is_there_and_what_nobody_needs_is_not(undisturbed):
+    result = undisturbed[0]
+    written = json.loads((result.folder / "tune_result.json").read_text())
+    assert written["score"] == result.score and Path(written["delta"]).is_dir()
+    assert json.loads((result.checkpoint / "state.json").read_text())["step"] == 12
+    assert (result.folder / "tune.png").read_bytes().startswith(b"\x89PNG")
+    kept = {path.parent.name for path in (result.folder / "segments").glob("*/checkpoints")}
+    assert kept == {member.checkpoint for member in replay(read(result.journal)).members}
+
+
+def test_the_number_of_slots_changes_nothing(undisturbed, tmp_path):
+    assert outcome(search(tmp_path, max_concurrent=1)) == outcome(undisturbed[0])
+
+
+def test_an_existing_search_is_refused_and_a_finished_one_reported(undisturbed):
+    result, folder = undisturbed
+    with pytest.raises(TuneError, match="--resume"):
+        search(folder)
+    again = search(folder, resume=True)
+    assert outcome(again) == outcome(result)
+    assert len(work(folder)) == 48
+
+
+def test_crashing_raising_and_diverging_members_are_replaced(ray_cluster, tmp_path):
+    toy = {"crash": ["m000-s000"], "raise": ["m001-s000"], "diverge": ["m002-s001"]}
+    result = search(tmp_path, toy)
+    fails = [record for record in read(result.journal) if record["kind"] == "fail"]
+    # A crash and an exception are tried again once, a divergence is not.
+    assert Counter(record["member"] for record in fails) == {0: 2, 1: 2, 2: 1}
+    reasons = {record["member"]: record["reason"] for record in fails}
+    assert "process died" in reasons[0] and "told to fail" in reasons[1] and "nan" in reasons[2]
+    assert result.num_replaced == 3
+    members = replay(read(result.journal)).members
+    assert all(member.alive and member.segment == 3 for member in members)
+    assert result.num_segments == 12 - 3
+
+
+def test_when_all_fail_or_the_metric_is_never_reported_the_search_says_so(ray_cluster, tmp_path):
+    with pytest.raises(TuneError, match=r"every member has failed.*told to fail"):
+        search(tmp_path / "raise", {"raise": ["m"]})
+    with pytest.raises(TuneError, match=r"metric: no segment reports 'accuracy'; known: eval_loss"):
+        search(tmp_path / "metric", metric="accuracy", mode="max")
+    assert read(tmp_path / "metric" / "runs" / "search" / "journal.jsonl")[0]["kind"] == "open"
+
+
+@pytest.mark.parametrize(
+    "num_records", [pytest.param(4, marks=pytest.mark.slow), 11, pytest.param(20, marks=pytest.mark.slow)]
+)
+def test_a_killed_driver_goes_on_to_the_same_winner(undisturbed, tmp_path, num_records):
+    file = write_search(tmp_path, {"sleep_s": 0.1})
+    script = "import sys; from ftray.cli.main import main; main(['tune', sys.argv[1]])"
+    driver = subprocess.Popen([sys.executable, "-c", script, file], stdout=subprocess.DEVNULL)
+    journal = tmp_path / "runs" / "search" / "journal.jsonl"
+    deadline = time.monotonic() + 60
+    while not journal.exists() or len(read(journal)) < num_records:
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    before = read(journal)
+    result = search(tmp_path, resume=True)
+    assert outcome(result) == outcome(undisturbed[0])
+    assert read(journal)[: len(before)] == before
+    assert result.num_drivers == 2 and result.num_segments == 12
+    # At most what was running is done again: two segments of four steps.
+    assert len(work(tmp_path)) <= 48 + 2 * 4
