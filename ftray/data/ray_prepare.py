@@ -4,6 +4,7 @@ The same function does the work as in `prepare_local`, so the shards are equal b
 `cache_dir` must be on storage that every node sees.
 """
 
+import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import ray
 import ray.data
 
 from ftray.config.recipe import DataConfig
-from ftray.core.errors import ClusterError, DataError, FtrayError
+from ftray.core.errors import ClusterError, FtrayError
 from ftray.core.types import Progress, no_progress
 from ftray.data.prepare import Split, prepare_with
 from ftray.data.work import Outcome, Task
@@ -44,24 +45,25 @@ def _run_on_ray(work: Callable[[Task], Outcome], tasks: Sequence[Task]) -> Itera
     def map_tasks(batch: pa.Table) -> pa.Table:
         # A task has one CPU; the tokenizer's own threads would take those of other tasks.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        outcomes = [pickle.dumps(work(pickle.loads(task))) for task in batch["task"].to_pylist()]
-        return pa.table({"outcome": pa.array(outcomes, pa.large_binary())})
+        results = [pickle.dumps(_attempt(work, pickle.loads(task))) for task in batch["task"].to_pylist()]
+        return pa.table({"result": pa.array(results, pa.large_binary())})
 
+    # The caller shows progress in source bytes; Ray Data's own bars and plan would be printed over it.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     items = [{"task": pickle.dumps(task)} for task in tasks]
     source = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
     mapped = source.map_batches(map_tasks, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
+    for row in mapped.iter_rows():
+        result: Outcome | FtrayError = pickle.loads(row["result"])
+        if isinstance(result, FtrayError):
+            raise result
+        yield result
+
+
+def _attempt(work: Callable[[Task], Outcome], task: Task) -> Outcome | FtrayError:
+    """A user's mistake comes back as a value: raised in a task, Ray would print its whole trace."""
     try:
-        for row in mapped.iter_rows():
-            yield pickle.loads(row["outcome"])
-    except ray.exceptions.RayError as error:
-        raise _cause(error) from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The user's mistake inside Ray's wrapping, if there is one."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, FtrayError):
-            return DataError(str(inner))
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return error
+        return work(task)
+    except FtrayError as error:
+        return error
