@@ -1,0 +1,248 @@
+"""`ftray submit` and `ftray jobs` against a Ray cluster of two nodes on this machine, behind a token."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ftray.core.errors import ClusterError
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+BIN = Path(sys.executable).parent
+# Two addresses of the loopback interface: two nodes with their own addresses, reachable from here only.
+HEAD, SECOND = "127.0.0.2", "127.0.0.3"
+NODES_ALIVE = """
+import ray
+from ftray.cluster.ray_session import session
+with session():
+    print("alive:", sum(node["Alive"] for node in ray.nodes()))
+"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The running cluster and the environment of a user who may use it."""
+
+    address: str
+    gcs: str
+    token: str
+    env: dict[str, str]
+
+    def ftray(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [str(BIN / "ftray"), *words, "--address", self.address]
+        return subprocess.run(command, env=self.env | env, capture_output=True, text=True, timeout=120)
+
+
+def _free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [item.getsockname()[1] for item in sockets]
+
+
+def _start(folder: Path, env: dict[str, str], *options: str) -> subprocess.Popen[bytes]:
+    command = [
+        str(BIN / "ray"),
+        "start",
+        "--block",
+        "--num-cpus=1",
+        "--object-store-memory=100000000",
+        *options,
+    ]
+    log = (folder / f"start-{len(list(folder.glob('start-*')))}.log").open("wb")
+    return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+
+
+def _end(started: list[subprocess.Popen[bytes]]) -> None:
+    mine = [child for process in started for child in psutil.Process(process.pid).children(recursive=True)]
+    for process in reversed(started):
+        process.send_signal(signal.SIGTERM)
+    for process in started:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+    _, alive = psutil.wait_procs(mine, timeout=10)
+    for process in [*alive, *started]:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            process.kill()
+
+
+def _wait_for(url: str, token: str, nodes: int) -> None:
+    request = urllib.request.Request(
+        f"{url}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"}
+    )
+    deadline_s = time.monotonic() + 60
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
+            summary = json.load(answer)["data"]["summary"]
+            if sum(node["raylet"].get("state") == "ALIVE" for node in summary) == nodes:
+                return
+        time.sleep(0.5)
+    raise TimeoutError(f"no {nodes} nodes at {url}")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="ftj-", dir="/tmp"))
+    token_file = folder / "token"
+    token_file.write_text(secrets.token_hex(32))
+    token_file.chmod(0o600)
+    gcs, dashboard, *agents = _free_ports(8)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
+        "PATH": f"{BIN}:/usr/bin:/bin",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+    }
+    ports = [
+        (
+            f"--dashboard-agent-listen-port={first}",
+            f"--dashboard-agent-grpc-port={second}",
+            f"--runtime-env-agent-port={third}",
+        )
+        for first, second, third in (agents[:3], agents[3:])
+    ]
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        started.append(
+            _start(
+                folder,
+                env,
+                "--head",
+                f"--node-ip-address={HEAD}",
+                f"--port={gcs}",
+                "--include-dashboard=true",
+                "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={dashboard}",
+                f"--temp-dir={folder}/ray",
+                *ports[0],
+            )
+        )
+        address = f"http://127.0.0.1:{dashboard}"
+        _wait_for(address, token_file.read_text(), 1)
+        started.append(
+            _start(folder, env, f"--address={HEAD}:{gcs}", f"--node-ip-address={SECOND}", *ports[1])
+        )
+        _wait_for(address, token_file.read_text(), 2)
+        yield Cluster(address, f"{HEAD}:{gcs}", token_file.read_text(), env)
+    finally:
+        _end(started)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_job_file_runs_to_its_end(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("name: hello\nverb: version\nenv: {GREETING: hi}\n")
+    done = cluster.ftray("submit", str(tmp_path / "job.yaml"), "--wait")
+    assert done.returncode == 0, done.stderr
+    job_id, *output = done.stdout.splitlines()
+    assert job_id.startswith("hello-")
+    assert any(line.startswith("ftray ") for line in output)
+    assert cluster.ftray("jobs", "status", job_id).stdout.startswith("SUCCEEDED")
+    assert job_id in cluster.ftray("jobs", "list").stdout
+    assert "ftray " in cluster.ftray("jobs", "logs", job_id).stdout
+    assert cluster.ftray("jobs", "stop", job_id).stdout == "it had already ended\n"
+
+
+def test_a_job_sees_both_nodes_and_its_files(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ftray.cluster.bundle import Bundle
+    from ftray.cluster.ray_jobs import Jobs
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")  # must not win over the address given
+    (tmp_path / "nodes.py").write_text(NODES_ALIVE)
+    jobs = Jobs(cluster.address)
+    job_id = jobs.submit_command(
+        "python 'a b/nodes.py' && echo canary=$RAY_AUTH_TOKEN",
+        name="nodes",
+        bundle=Bundle(files={"a b/nodes.py": tmp_path / "nodes.py"}),
+    )
+    shown: list[str] = []
+    assert jobs.follow(job_id, shown.append).status == "SUCCEEDED", jobs.logs(job_id)
+    assert "alive: 2\n" in "".join(shown)
+    assert "".join(shown) == jobs.logs(job_id)
+    request = urllib.request.Request(
+        f"{cluster.address}/api/jobs/", headers={"Authorization": f"Bearer {cluster.token}"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert cluster.token not in answer.read().decode()
+    assert cluster.token not in "".join(shown)
+
+
+def test_a_running_job_is_stopped_and_a_failed_one_says_so(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from ftray.cluster.ray_jobs import Jobs
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
+    jobs = Jobs(cluster.address)
+    job_id = jobs.submit_command("sleep 600", name="long")
+    deadline_s = time.monotonic() + 60
+    while jobs.status(job_id).status != "RUNNING" and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    assert cluster.ftray("jobs", "stop", job_id).stdout == "stopping\n"
+    assert jobs.follow(job_id, lambda text: None).status == "STOPPED"
+
+    (tmp_path / "job.yaml").write_text("name: needs\nverb: version\nsecrets: [NOT_SET_HERE]\n")
+    failed = cluster.ftray("submit", str(tmp_path / "job.yaml"), "--wait")
+    assert failed.returncode == 1
+    assert "NOT_SET_HERE" in failed.stdout and "FAILED" in failed.stderr
+
+
+def test_the_jobs_api_wants_the_token(cluster: Cluster, tmp_path: Path) -> None:
+    for header, status in (({}, 401), ({"Authorization": "Bearer wrong"}, 403)):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(
+                urllib.request.Request(f"{cluster.address}/api/jobs/", headers=header), timeout=10
+            )
+        assert refused.value.code == status
+    wrong = cluster.ftray("jobs", "list", RAY_AUTH_TOKEN="wrong")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "refuses the token" in wrong.stderr and wrong.stderr.count("\n") == 1
+    none = cluster.ftray("jobs", "list", RAY_AUTH_TOKEN_PATH="", RAY_AUTH_MODE="disabled", HOME=str(tmp_path))
+    assert (none.returncode, none.stdout) == (2, "")
+    assert "no token was sent" in none.stderr and none.stderr.count("\n") == 1
+
+
+def test_mistakes_are_one_line(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ftray.cluster.ray_jobs import Jobs
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
+    unknown = cluster.ftray("jobs", "status", "nobody")
+    assert unknown.returncode == 2
+    assert "'nobody' is not a job" in unknown.stderr and unknown.stderr.count("\n") == 1
+    with pytest.raises(ClusterError, match="Connection refused"):
+        Jobs(f"http://127.0.0.1:{_free_ports(1)[0]}")
+    with pytest.raises(ClusterError, match="not a dashboard address"):
+        Jobs("ray://127.0.0.1:10001")
+
+
+def test_joining_without_the_token_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    code = "from ftray.cluster.ray_session import session\nwith session(): pass"
+    env = {key: value for key, value in cluster.env.items() if not key.startswith("RAY_AUTH")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env | {"RAY_ADDRESS": cluster.gcs, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert "ClusterError" in done.stderr.splitlines()[-1] and "RAY_AUTH_MODE=token" in done.stderr
