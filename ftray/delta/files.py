@@ -45,13 +45,13 @@ def list_files(folder: Path, *, skip: frozenset[str] = frozenset()) -> list[str]
     pending = [""]
     while pending:
         below = pending.pop()
-        for entry in os.scandir(folder / below):
-            name = f"{below}{entry.name}"
-            mode = entry.stat(follow_symlinks=False).st_mode
+        for path in (folder / below).iterdir():
+            name = f"{below}{path.name}"
+            mode = path.lstat().st_mode
             if stat.S_ISDIR(mode):
                 pending.append(name + "/")
             elif not stat.S_ISREG(mode):
-                raise DeltaError(f"{folder / name}: a link or device; a delta holds plain files only")
+                raise DeltaError(f"{path}: a link or device; a delta holds plain files only")
             elif name not in skip:
                 names.append(name)
     for name in names:

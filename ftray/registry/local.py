@@ -93,8 +93,8 @@ class Registry:
         check_name(name)
         wanted = [check_alias(alias) for alias in aliases]
         manifest.check_publishable(folder, manifest.read(folder, beside=_BESIDE))
-        versions = self._make_versions_folder(name)
-        _sweep(versions)
+        self._make_versions_folder(name)
+        _sweep(self.root / name)
         version = self._newest(name) + 1
         while True:
             try:
@@ -180,9 +180,9 @@ class Registry:
         path = self._version_folder(name, version)
         try:
             record = read_json(path / VERSION_FILE)
+            delta = manifest.read(path, verify, beside=_BESIDE)
             if record["manifest"] != digest_file(path / manifest.MANIFEST):
                 raise RegistryError(f"{path / manifest.MANIFEST}: its content is not what was published")
-            delta = manifest.read(path, verify, beside=_BESIDE)
             published_at = str(record["published_at"])
         except (FtrayError, OSError, KeyError, TypeError) as error:
             known = isinstance(error, FtrayError)
@@ -284,10 +284,10 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what publishers that were killed left behind, once it is too old to be at work."""
-    for path in folder.glob(".tmp-*"):
+    """Remove what publishers of a name that were killed left behind, once it is too old to be at work."""
+    for path in folder.glob("*/.tmp-*"):
         try:
             if time.time() - path.lstat().st_mtime > _STALE_AFTER_S:
-                shutil.rmtree(path, ignore_errors=True)
-        except FileNotFoundError:
+                shutil.rmtree(path) if _is_real_dir(path) else path.unlink()
+        except FileNotFoundError:  # another publisher sweeps too
             continue
