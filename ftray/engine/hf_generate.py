@@ -3,6 +3,7 @@
 One forward pass a request: slower than a shared one, but right for every model that transformers runs.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,10 +11,13 @@ from pydantic import Field
 
 from ftray.adapt.lora import unload_adapter
 from ftray.adapt.route import Route
+from ftray.core.errors import FtrayError
 from ftray.core.spec import spec
+from ftray.engine.api import Request
 from ftray.engine.base import DeltaGate, eos_ids, max_positions
 from ftray.engine.core import StepEngine
 from ftray.engine.scheduler import Row, Scheduler, Sequence
+from ftray.engine.selfcheck import RELATIVE_TOLERANCE
 from ftray.engine.torch_engine import engine_info, load_checked, pick_device
 from ftray.model.build import load_model
 from ftray.model.folder import resolve_folder
@@ -22,12 +26,15 @@ from ftray.model.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from ftray.engine.torch_engine import TorchEngineConfig
 
+logger = logging.getLogger(__name__)
+
 
 class HFRunner:
     """Computes each row alone, with a cache object of its own."""
 
     def __init__(self, model: Any, gate: DeltaGate) -> None:
         self.model = model
+        self.use_cache = True
         self._gate = gate
         self._device = next(model.parameters()).device
         self._route = model.ftray_route = getattr(model, "ftray_route", None) or Route()
@@ -44,10 +51,34 @@ class HFRunner:
             first += row.length
         return torch.stack(kept) if kept else torch.empty(0)
 
+    def check_cache(self) -> None:
+        """Give up the cache, and compute every sequence anew each step, where it changes the logits.
+
+        Some architectures keep their state elsewhere and take no notice of the cache they are handed.
+        """
+        seq = Sequence(Request(id="check", prompt_ids=[]), 0, list(range(3, 15)))
+        cached: list[torch.Tensor] = []
+        with torch.inference_mode():
+            try:
+                cached = [self._row(Row(seq, start, length)) for start, length in ((0, 7), (7, 4), (11, 1))]
+            except (TypeError, ValueError, AttributeError) as error:
+                logger.warning("no key-value cache for this model: %s", error)
+            self.release(seq)
+            self.use_cache = False
+            plain = self._row(Row(seq, 0, len(seq.tokens))).float()
+        if cached:
+            difference = (torch.cat(cached).float() - plain).abs().max() / max(1.0, float(plain.abs().max()))
+            self.use_cache = bool(difference <= RELATIVE_TOLERANCE[self.model.dtype])
+
     def _row(self, row: Row) -> torch.Tensor:
         from transformers import DynamicCache
 
         request_id = row.seq.request.id
+        if not self.use_cache:
+            tokens = row.seq.tokens[: row.start + row.length]
+            output = self.model(input_ids=torch.tensor([tokens], device=self._device), use_cache=False)
+            whole: torch.Tensor = output.logits[0]
+            return whole[row.start :]
         if row.start == 0:
             self._caches[request_id] = DynamicCache(config=self.model.config)
         tokens = row.seq.tokens[row.start : row.start + row.length]
@@ -112,12 +143,16 @@ class HFGenerateConfig:
         )
         info = engine_info("hf_generate", gate, scheduler)
         ends = eos_ids(folder, model.config, tokenizer)
-        return StepEngine(HFRunner(model, gate), tokenizer, scheduler, info, ends)
+        runner = HFRunner(model, gate)
+        runner.check_cache()
+        return StepEngine(runner, tokenizer, scheduler, info, ends)
 
 
 def _load(folder: Any, dtype: str) -> Any:
     try:
         return load_model(folder, dtype=dtype, attn="sdpa")
+    except FtrayError:
+        raise
     except (ValueError, ImportError):  # how transformers says that a model has no such attention
         return load_model(folder, dtype=dtype, attn="eager")
 

@@ -15,7 +15,7 @@ from ftray.engine.base import attention_span
 from ftray.engine.scheduler import Row, Scheduler, Sequence
 
 _BLOCK_SIZE = 16
-_RELATIVE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
+RELATIVE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 
 
 class _Runner(Protocol):
@@ -56,7 +56,7 @@ def self_check(model: Any, make_runner: MakeRunner, max_positions: int) -> str |
         return f"{calls} of its {layers} layers use the registered attention"
     scale = max(1.0, float(plain_logits.abs().max()))
     difference = float((paged_logits - plain_logits).abs().max()) / scale
-    tolerance = _RELATIVE_TOLERANCE.get(model.dtype, 6e-2)
+    tolerance = RELATIVE_TOLERANCE[model.dtype]
     if not difference <= tolerance:
         return (
             f"logits differ from the plain model's by {difference:.1e} of their size (limit {tolerance:.0e})"

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from ftray.adapt.lora import LoRALinear, load_adapter, unload_adapter
 from ftray.adapt.route import Route, Segment
-from ftray.core.errors import DeltaError
+from ftray.core.errors import DeltaError, FtrayError
 from ftray.core.spec import spec
 from ftray.engine import paged
 from ftray.engine.api import EngineInfo
@@ -128,14 +128,11 @@ class TorchEngineConfig:
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
         folder = resolve_folder(base)
-        device = pick_device(self.device)
-        model = load_model(folder, dtype=self.dtype, attn=paged.NAME).to(device)
-        if problem := self_check(model, self._runner, max_positions(model.config)):
+        model, problem = self._load(folder)
+        if problem:
             from ftray.engine.hf_generate import build_fallback
 
-            logger.warning(
-                "%s: %s; answering with plain Hugging Face, one request at a time", folder, problem
-            )
+            logger.warning("%s: %s; using plain Hugging Face, one request at a time", folder, problem)
             return build_fallback(self, base)
         tokenizer = load_tokenizer(folder)
         gate = DeltaGate(folder, tokenizer)
@@ -154,6 +151,17 @@ class TorchEngineConfig:
             block_size=self.block_size,
             max_length=min(self.max_length or positions, positions, num_blocks * self.block_size),
         )
+
+    def _load(self, folder: Path) -> tuple[Any, str | None]:
+        """The model, or why this engine is not for it."""
+        try:
+            model = load_model(folder, dtype=self.dtype, attn=paged.NAME).to(pick_device(self.device))
+        except FtrayError:
+            raise
+        except (KeyError, ValueError, ImportError, NotImplementedError) as error:
+            # Models with attention classes of their own look the name up and fail, each in its way.
+            return None, f"it takes no registered attention ({type(error).__name__}: {error})"
+        return model, self_check(model, self._runner, max_positions(model.config))
 
     def _runner(self, model: Any, scheduler: Scheduler, gate: DeltaGate | None = None) -> TorchRunner:
         device = next(model.parameters()).device

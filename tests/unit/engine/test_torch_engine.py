@@ -50,9 +50,7 @@ def setting(
 ) -> tuple[Path, dict[str, Path], Reference]:
     root = tmp_path_factory.mktemp(request.param)
     base = tiny.tiny_base(root / "base", request.param)
-    adapters = {
-        name: tiny.random_adapter(base, root / name, r=r, seed=r) for name, r in (("a", 4), ("b", 8))
-    }
+    adapters = {name: tiny.random_adapter(base, root / name, r=r, seed=r) for name, r in (("a", 4), ("b", 8))}
     return base, adapters, Reference(base, adapters)
 
 

@@ -1,0 +1,74 @@
+"""Models that do not go through the paged attention are found out and answered correctly all the same."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ftray.engine import paged
+from ftray.engine.api import Request, Sampling
+from ftray.engine.base import max_positions
+from ftray.engine.selfcheck import self_check
+from ftray.engine.torch_engine import TorchEngineConfig
+from ftray.model.build import load_model
+from ftray.testing import tiny
+
+FOREIGN: dict[str, dict[str, Any]] = {
+    # an alibi bias of its own: takes no notice of the registration
+    "bloom": {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.15},
+    # looks its attention up in a table of its own
+    "falcon": {"model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    # no attention, and a state that a key-value cache does not hold
+    "mamba": {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.3},
+}
+
+
+@pytest.mark.parametrize("architecture", FOREIGN)
+def test_a_foreign_model_falls_back_aloud_and_answers_right(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setitem(tiny.ARCHITECTURES, architecture, FOREIGN[architecture])
+    base = tiny.tiny_base(tmp_path / architecture, architecture)
+    with caplog.at_level(logging.WARNING):
+        engine = TorchEngineConfig().build(str(base))
+    assert engine.info.engine == "hf_generate"
+    assert "plain Hugging Face" in caplog.text
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    sampling = Sampling(max_tokens=6, ignore_eos=True)
+    requests = [Request(id=str(n), prompt_ids=list(range(9, 9 + n)), sampling=sampling) for n in (3, 20)]
+    for request, output in zip(requests, engine.generate(requests), strict=True):
+        ids = [*request.prompt_ids, *output.token_ids]
+        with torch.no_grad():
+            logits = plain(input_ids=torch.tensor([ids[:-1]]), use_cache=False).logits[0]
+        rows = logits[len(request.prompt_ids) - 1 :]
+        chosen = rows.gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
+        assert (rows.max(-1).values - chosen <= 1e-3).all()
+
+
+def test_a_wrong_window_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny.tiny_base(tmp_path / "base", "mistral")
+    model = load_model(base, attn=paged.NAME)
+    config = TorchEngineConfig()
+    assert self_check(model, config._runner, max_positions(model.config)) is None
+    monkeypatch.setattr(paged.Step, "prompt_mask", lambda self, prompt, window: _causal(prompt))
+    problem = self_check(model, config._runner, max_positions(model.config))
+    assert problem is not None
+    assert "differ" in problem
+
+
+def _causal(prompt: paged.Prompt) -> torch.Tensor:
+    total = prompt.start + prompt.length
+    return torch.ones(total, total, dtype=torch.bool).tril()[prompt.start :]
+
+
+def test_rope_that_looks_at_the_batch_caps_the_length(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    config = AutoConfig.for_model("llama", max_position_embeddings=256, rope_parameters=rope)
+    assert max_positions(config) == 64
+    assert max_positions(AutoConfig.for_model("llama", max_position_embeddings=256)) == 256
