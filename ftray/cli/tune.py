@@ -36,7 +36,10 @@ def command(
             population.apply(record)
             live.update(table(population, config.mode, config.num_segments))
 
-        result = run(config, resume=resume, on_record=show)
+        def prepare(done: int, total: int | None) -> None:
+            live.update(f"preparing rows: {done / 2**20:.1f} of {(total or done) / 2**20:.1f} MiB")
+
+        result = run(config, resume=resume, on_record=show, on_prepare=prepare)
     console.print(table(population, config.mode, config.num_segments))
     console.print(
         f"{result.num_segments} segments of {result.num_members} members in {result.seconds:.0f} s; "
@@ -46,10 +49,10 @@ def command(
     console.print(f"winner: member {result.member}, {result.metric} {result.score:.4f}, {result.config}")
     console.print(f"delta: {result.delta}\nreport: {result.folder / 'tune_result.json'}, tune.png")
     if publish:
-        _publish(result.delta, publish, registry, result.metrics)
+        _publish(result.delta, publish, registry)
 
 
-def _publish(delta: Path | None, name: str, registry: Path, metrics: dict[str, float]) -> None:
+def _publish(delta: Path | None, name: str, registry: Path) -> None:
     from ftray.core.errors import TuneError
     from ftray.registry.local import Registry
 
@@ -57,5 +60,5 @@ def _publish(delta: Path | None, name: str, registry: Path, metrics: dict[str, f
         raise TuneError(
             f"--publish: the winner has no delta; train_fn returned none, so {name!r} is not made"
         )
-    entry = Registry(registry).publish(delta, name, metrics=metrics)
+    entry = Registry(registry).publish(delta, name, lineage={"run": str(delta.parent)})
     typer.echo(f"published {entry.ref} ({entry.digest})")

@@ -8,6 +8,8 @@ from ftray.core.errors import ConfigError
 from ftray.core.spec import Piece, spec
 from ftray.core.types import is_name
 
+TRAIN_FN = "ftray.train.worker:train"
+
 
 @spec
 class TuneConfig:
@@ -42,7 +44,7 @@ class TuneConfig:
     """CPUs one segment takes."""
     max_failures: int = Field(default=1, ge=0)
     """Times a crashed segment is run again before its member is replaced."""
-    train_fn: str = "ftray.train.worker:train"
+    train_fn: str = TRAIN_FN
     """What trains a segment: `package.module:function(recipe, io, *, start_from, stop_at)`."""
     seed: int = Field(default=0, ge=0)
     """Seeds the first population, donors and perturbations."""

@@ -21,9 +21,11 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from ftray.cluster.ray_session import session
 from ftray.config.load import load, write_resolved
 from ftray.config.recipe import Recipe
-from ftray.config.tune import TuneConfig
+from ftray.config.tune import TRAIN_FN, TuneConfig
 from ftray.core.errors import TuneError
 from ftray.core.spec import parse
+from ftray.core.types import Progress, no_progress
+from ftray.data.ray_prepare import prepare
 from ftray.tune.engine import Engine, OnRecord, Segment
 from ftray.tune.report import TuneResult, summarise, write_report
 from ftray.tune.segment import Job, Outcome, load_function, run_segment, segment_recipe
@@ -39,7 +41,13 @@ _ENVIRONMENT = {
 _ENDLESS = 10**6
 
 
-def run(config: TuneConfig, *, resume: bool = False, on_record: OnRecord = lambda record: None) -> TuneResult:
+def run(
+    config: TuneConfig,
+    *,
+    resume: bool = False,
+    on_record: OnRecord = lambda record: None,
+    on_prepare: Progress = no_progress,
+) -> TuneResult:
     """Search, and report.
 
     Args:
@@ -47,6 +55,7 @@ def run(config: TuneConfig, *, resume: bool = False, on_record: OnRecord = lambd
         resume: go on where an earlier driver of the same search was. A finished search is only reported.
         on_record: called with every record of the journal as it is written (those of earlier drivers first);
             `Population.apply` turns them into the state of the members.
+        on_prepare: progress of the preparation of rows.
 
     Returns:
         The winner and what happened, as also written to `tune_result.json` in the search's folder.
@@ -70,12 +79,21 @@ def run(config: TuneConfig, *, resume: bool = False, on_record: OnRecord = lambd
         job = Job(str(folder), plain, config.train_fn, config.metric, str(Path.cwd()))
         if not engine.done:
             with session(), _environment():
+                if config.train_fn == TRAIN_FN:
+                    # Once for all members, on the cluster; their own preparation then finds it done.
+                    _prepare(recipe, on_prepare)
                 _fit(engine, job)
         result = summarise(config, folder, engine.journal.records, time.perf_counter() - started)
     finally:
         engine.close()
     write_report(result, engine.journal.records)
     return result
+
+
+def _prepare(recipe: Recipe, progress: Progress) -> None:
+    prepare(recipe.data, recipe.model.tokenizer, "train", progress)
+    if recipe.data.validation:
+        prepare(recipe.data, recipe.model.tokenizer, "validation", progress)
 
 
 def _fit(engine: Engine, job: Job) -> None:

@@ -1,6 +1,6 @@
 """What a search did, from its journal: the winner, a table of the members, curves and schedules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -135,45 +135,52 @@ def table(population: Population, mode: str, num_segments: int) -> Table:
 
 
 def plot(records: Sequence[Record], path: Path, metric: str) -> None:
-    """Draw each member's scores and the schedule of every searched number, segment by segment, as a PNG."""
+    """Draw each member's scores and the schedule of every searched number, as a PNG; nothing without scores."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     commits = [record for record in records if record["kind"] == "commit"]
-    paths = (
-        [name for name, value in commits[0]["config"].items() if isinstance(value, int | float)]
-        if commits
-        else []
-    )
-    figure, axes = plt.subplots(
-        1 + len(paths), 1, figsize=(7, 2.4 * (1 + len(paths))), sharex=True, squeeze=False
-    )
-    for axis, name in zip(axes[:, 0], [None, *paths], strict=True):
-        for member in sorted({record["member"] for record in commits}):
-            mine = sorted((r for r in commits if r["member"] == member), key=lambda record: record["segment"])
-            values = [record["score"] if name is None else record["config"][name] for record in mine]
-            axis.plot([r["segment"] + 1 for r in mine], values, marker="o", label=f"member {member}")
-        axis.set_ylabel(name or metric)
-        if name is not None and name.endswith("learning_rate"):
+    if not commits:
+        return
+    numbers = [name for name, value in commits[0]["config"].items() if isinstance(value, int | float)]
+    rows = 1 + len(numbers)
+    figure, grid = plt.subplots(rows, 1, figsize=(7, 2.4 * rows), sharex=True, squeeze=False)
+    scores, *schedules = grid[:, 0]
+    _draw(scores, commits, metric, lambda record: record["score"])
+    for axis, name in zip(schedules, numbers, strict=True):
+        _draw(axis, commits, name, lambda record, name=name: record["config"][name])  # type: ignore[misc]
+        if name.endswith("learning_rate"):
             axis.set_yscale("log")
-    for record in records:
-        for decision in record.get("decisions", []):
-            axes[0, 0].axvline(record["segment"] + 1, color="0.8", linewidth=0.8, zorder=0)
-            axes[0, 0].annotate(
-                f"{decision['donor']}→{decision['member']}",
-                (record["segment"] + 1, decision["score"]),
-                textcoords="offset points",
-                xytext=(4, 6),
-                fontsize=8,
-            )
-    axes[0, 0].legend(fontsize=8)
-    axes[-1, 0].set_xlabel("segment")
-    axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
+    _mark_exploits(scores, records)
+    scores.legend(fontsize=8)
+    grid[-1, 0].set_xlabel("segment")
+    grid[-1, 0].xaxis.get_major_locator().set_params(integer=True)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _draw(axis: Any, commits: Sequence[Record], label: str, value: Callable[[Record], float]) -> None:
+    for member in sorted({record["member"] for record in commits}):
+        mine = [record for record in commits if record["member"] == member]
+        axis.plot(
+            [r["segment"] + 1 for r in mine], [value(r) for r in mine], marker="o", label=f"member {member}"
+        )
+    axis.set_ylabel(label)
+
+
+def _mark_exploits(axis: Any, records: Sequence[Record]) -> None:
+    """Arrows `donor→member` where a member took over a donor's checkpoint."""
+    for record in records:
+        for decision in record.get("decisions", []):
+            place = record["segment"] + 1
+            axis.axvline(place, color="0.8", linewidth=0.8, zorder=0)
+            text = f"{decision['donor']}→{decision['member']}"
+            axis.annotate(
+                text, (place, decision["score"]), xytext=(4, 6), textcoords="offset points", fontsize=8
+            )
 
 
 def _status(population: Population, member: Member, num_segments: int) -> str:

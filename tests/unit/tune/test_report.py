@@ -1,0 +1,72 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from ftray.core.errors import TuneError
+from ftray.core.fs import write_json
+from ftray.tune.population import Population, replay
+from ftray.tune.report import plot, schedule, summarise, table
+from tests.unit.tune.test_engine import Toy, config, search
+
+
+@pytest.fixture
+def finished(tmp_path):
+    engine = search(tmp_path, Toy(diverges=[(3, 0)]), config())
+    for member in engine.population.members:
+        folder = tmp_path / "segments" / member.checkpoint
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "segment.json", {"checkpoint": "checkpoints/step-00000015", "delta": "delta"})
+    return tmp_path, engine.journal.records
+
+
+def text(renderable) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def test_the_summary_counts_what_the_journal_holds(finished):
+    folder, records = finished
+    result = summarise(config(), folder, records, 1.5)
+    assert result.num_segments == 11 and result.num_failures == 1 and result.num_replaced == 1
+    assert result.num_exploits == 2 == result.num_perturbations
+    assert result.score == min(m.score for m in replay(records).members)
+    assert result.delta == folder / "segments" / replay(records).members[result.member].checkpoint / "delta"
+    assert result.lineage[-1] == result.member
+
+
+def test_a_schedule_follows_donors_back_to_the_beginning(finished):
+    _, records = finished
+    for member in replay(records).members:
+        steps = schedule(records, member.checkpoint)
+        assert [step["segment"] for step in steps] == [0, 1, 2]
+        visited = [step["member"] for step in steps]
+        # The lineage names each member once per take-over, the schedule once per segment.
+        assert list(dict.fromkeys(visited)) == list(dict.fromkeys(member.lineage))
+
+
+def test_the_table_shows_every_member_at_every_moment(finished):
+    _, records = finished
+    population = Population()
+    for record in records:
+        population.apply(record)
+        shown = text(table(population, "min", 3))
+        assert shown.count("\n") == 4 + 4
+    assert "done" in shown and "failed" not in shown and "learning_rate" in shown
+    starting = [record for record in records if record["kind"] in ("open", "start")][:2]
+    assert "training" in text(table(replay(starting), "min", 3))
+
+
+def test_the_plot_is_a_png_once_there_are_scores(finished, tmp_path):
+    _, records = finished
+    plot(records, tmp_path / "all.png", "eval_loss")
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+    plot(records[:1], tmp_path / "none.png", "eval_loss")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_no_score_yet(tmp_path):
+    engine = search(tmp_path, Toy(), config(), max_records=3)
+    with pytest.raises(TuneError, match="no member has a score"):
+        summarise(config(), tmp_path, engine.journal.records, 0.0)

@@ -1,0 +1,125 @@
+"""Segments run in this process, without Ray."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from ftray.config.recipe import Recipe
+from ftray.core.errors import ConfigError
+from ftray.core.spec import parse
+from ftray.tune.engine import Segment
+from ftray.tune.segment import Job, load_function, read_result, run_segment, segment_recipe
+from ftray.tune.space import Space
+
+SEGMENT = Segment(
+    name="m000-s000-abc",
+    member=0,
+    segment=0,
+    epoch=1,
+    attempt=0,
+    checkpoint=None,
+    config={"optim.learning_rate": 0.1},
+    stop_at=4,
+)
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Recipe:
+    (tmp_path / "toy.json").write_text("{}")
+    data = {
+        "name": "toy",
+        "model": {"init": "config", "config": {"model_type": "llama"}},
+        "data": {"train": str(tmp_path / "toy.json")},
+        "adapt": "lora",
+        "objective": "sft",
+        "optim": "adamw",
+        "lr_scheduler": "cosine",
+        "strategy": {"type": "ddp", "num_workers": 2},
+        "train": {"num_train_epochs": 3, "save_steps": 5},
+        "tracking": ["wandb"],
+    }
+    return parse(Recipe, data)
+
+
+@pytest.fixture
+def job(tmp_path, recipe) -> Job:
+    plain = segment_recipe(recipe, 8)
+    return Job(str(tmp_path / "search"), plain, "ftray.testing.toy_train:train", "eval_loss", str(tmp_path))
+
+
+def steps_done(tmp_path) -> int:
+    log = tmp_path / "toy.log"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_the_search_says_how_long_and_in_one_worker(recipe):
+    plain = parse(Recipe, segment_recipe(recipe, 12))
+    assert plain.train.max_steps == 12 and plain.train.num_train_epochs is None
+    assert plain.strategy.num_workers == 1 and plain.tracking == [] and plain.train.bf16 is False
+
+
+def test_a_segment_trains_with_its_configuration_and_leaves_its_result(job, tmp_path):
+    outcome = run_segment(job, SEGMENT)
+    slower = run_segment(job, replace(SEGMENT, name="other", config={"optim.learning_rate": 0.01}))
+    assert outcome.error == "" and outcome.score < slower.score < 16.0
+    checkpoint, delta = read_result(job.path(SEGMENT.name))
+    assert json.loads((checkpoint / "state.json").read_text())["step"] == 4 and delta.is_dir()
+
+
+def test_finished_work_is_found_not_done_again(job, tmp_path):
+    first = run_segment(job, SEGMENT)
+    assert run_segment(job, replace(SEGMENT, epoch=2, attempt=1)) == first
+    assert steps_done(tmp_path) == 4
+
+
+def test_a_segment_goes_on_from_its_donor(job, tmp_path):
+    first = run_segment(job, SEGMENT)
+    after = replace(SEGMENT, name="m001-s001-def", member=1, segment=1, checkpoint=SEGMENT.name, stop_at=8)
+    second = run_segment(job, after)
+    assert steps_done(tmp_path) == 8 and second.score < first.score
+
+
+def test_failures_say_whether_another_attempt_may_help(job, tmp_path):
+    wrong = run_segment(job, replace(SEGMENT, config={"optim.learning_rate": -1.0}))
+    assert "learning_rate" in wrong.error and "\n" not in wrong.error and not wrong.retry
+    (tmp_path / "toy.json").write_text(json.dumps({"raise": ["m000"]}))
+    raised = run_segment(job, SEGMENT)
+    assert raised.error == "RuntimeError: told to fail" and raised.retry and raised.score is None
+
+
+def test_a_metric_that_is_not_reported_ends_the_search(job):
+    outcome = run_segment(replace(job, metric="accuracy"), SEGMENT)
+    assert outcome.fatal and "'accuracy'" in outcome.error and "eval_loss" in outcome.error
+
+
+@pytest.mark.parametrize("path", ["ftray.no_such:train", "ftray.testing.toy_train:missing", "train", ""])
+def test_a_train_fn_that_is_not_there_is_one_line(path):
+    with pytest.raises(ConfigError, match=r"train_fn: .* write `module:function`"):
+        load_function(path)
+
+
+def test_a_space_is_checked_against_the_recipe(recipe):
+    plain = parse(Recipe, segment_recipe(recipe, 8))
+    Space({"optim.learning_rate": {"uniform": [0.1, 0.2]}, "adapt.r": {"int": [1, 4]}}).check(plain)
+    cases = {
+        "optim.learning_rte": ({"uniform": [0, 1]}, "did you mean `optim.learning_rate`"),
+        "learning_rate": ({"uniform": [0, 1]}, "optim.learning_rate"),
+        "adapt.rank": ({"choice": [2]}, "no such field"),
+        "optim.weight_decay": ({"uniform": [-1, 1]}, "-1.0 is refused"),
+        "adapt.r": ({"choice": [2, "four"]}, "'four' is refused"),
+    }
+    for path, (distribution, words) in cases.items():
+        with pytest.raises(ConfigError) as caught:
+            Space({path: distribution}).check(plain)
+        message = str(caught.value)
+        assert message.startswith(f"space.{path}: ") and words in message and "\n" not in message, message
+
+
+def test_a_delta_outside_the_segment_is_an_invariant_broken(job, monkeypatch, tmp_path):
+    from ftray.testing import toy_train
+
+    elsewhere = SimpleNamespace(checkpoint=tmp_path / "elsewhere", delta=None, metrics={"eval_loss": 1.0})
+    monkeypatch.setattr(toy_train, "train", lambda *args, **kwargs: elsewhere)
+    assert "elsewhere" in run_segment(job, SEGMENT).error
