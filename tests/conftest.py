@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.recipes"]
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny tensors: threads that spin for each other cost more than they bring, and Ray workers have one anyway.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

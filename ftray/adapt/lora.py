@@ -269,7 +269,9 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
         raise DeltaError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA is served")
     for key, plain in _REFUSED.items():
         if config.get(key, plain) not in (plain, [], {}):
-            raise DeltaError(f"{folder}: {key}={config[key]!r} is not plain LoRA; train without it or merge it")
+            raise DeltaError(
+                f"{folder}: {key}={config[key]!r} is not plain LoRA; train without it or merge it"
+            )
     if config.get("alpha_pattern"):
         raise DeltaError(f"{folder}: alpha_pattern is not supported; use one lora_alpha")
     return config
@@ -293,7 +295,9 @@ def _checked_pair(
     except AttributeError:
         module = None
     if not isinstance(module, nn.Linear | Conv1D | LoRALinear) or len(pair) != 2:
-        raise DeltaError(f"{folder}: `{layer}` is no linear layer of this base; the adapter is for another base")
+        raise DeltaError(
+            f"{folder}: `{layer}` is no linear layer of this base; the adapter is for another base"
+        )
     a, b = pair["lora_A"], pair["lora_B"]
     shape = tuple(module.weight.shape)
     transposed = isinstance(module, Conv1D) or getattr(module, "transposed", False)

@@ -15,7 +15,10 @@ from typer.main import get_command
 from ftray.core.errors import FtrayError
 
 VERBS: dict[str, tuple[str, str]] = {
-    "quickstart": ("ftray.cli.quickstart:command", "Raw text to a live two-tenant endpoint, on this machine."),
+    "quickstart": (
+        "ftray.cli.quickstart:command",
+        "Raw text to a live two-tenant endpoint, on this machine.",
+    ),
     "data": ("ftray.cli.data:app", "Prepare a corpus and look at it."),
     "run": ("ftray.cli.run:command", "Train one recipe."),
     "tune": ("ftray.cli.tune:command", "Search over a recipe's fields."),

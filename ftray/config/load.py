@@ -102,7 +102,9 @@ def _expand(value: Any, where: str) -> Any:
     def variable(match: re.Match[str]) -> str:
         found = os.environ.get(match[1], match[2])
         if found is None:
-            raise ConfigError(f"{where}: ${{{match[1]}}} is not set; export it or write ${{{match[1]}:-default}}")
+            raise ConfigError(
+                f"{where}: ${{{match[1]}}} is not set; export it or write ${{{match[1]}:-default}}"
+            )
         return found
 
     text = _VARIABLE.sub(variable, value)

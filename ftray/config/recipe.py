@@ -1,6 +1,6 @@
 """The recipe: the one tree that says what a training run is.
 
-    model x data(transforms) x adapt x objective x optim x strategy -> one run
+model x data(transforms) x adapt x objective x optim x strategy -> one run
 """
 
 from typing import Annotated, Any, Literal
@@ -137,4 +137,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not is_name(self.name):
-            raise ConfigError(f"name: {self.name!r} is refused; use lower-case letters, digits, `.`, `_`, `-`")
+            raise ConfigError(
+                f"name: {self.name!r} is refused; use lower-case letters, digits, `.`, `_`, `-`"
+            )

@@ -22,7 +22,9 @@ class TenantConfig:
 
     def __post_init__(self) -> None:
         if not is_name(self.name):
-            raise ConfigError(f"name: {self.name!r} is refused; use lower-case letters, digits, `.`, `_`, `-`")
+            raise ConfigError(
+                f"name: {self.name!r} is refused; use lower-case letters, digits, `.`, `_`, `-`"
+            )
 
 
 @spec

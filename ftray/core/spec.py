@@ -33,7 +33,7 @@ def spec(cls: type[T]) -> type[T]:
     return cast(type[T], pydantic_dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls))
 
 
-def Piece(kind: str) -> BeforeValidator:  # noqa: N802 (reads as a type inside Annotated)
+def Piece(kind: str) -> BeforeValidator:
     """Annotation of a field that holds a method from the catalog.
 
     The value is a name (`lora`), a mapping with its settings (`{type: lora, r: 8}`) or a ready object;
@@ -137,7 +137,9 @@ def _one_line(cls: type, error: pydantic.ValidationError) -> str:
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{field}: missing; give it a value{more}"
     message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:] if message[:1].isupper() and not message[1:2].isupper() else message
+    message = (
+        message[0].lower() + message[1:] if message[:1].isupper() and not message[1:2].isupper() else message
+    )
     if isinstance(first.get("ctx", {}).get("error"), FtrayError):
         joiner = "." if message.split(":")[0].replace("_", "").replace(".", "").isalnum() else ": "
         return f"{field}{joiner}{message}{more}" if ":" in message else f"{field}: {message}{more}"

@@ -84,7 +84,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             model.get_submodule(owner)._parameters[leaf] = placed[id(parameter)]
     missing = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     if missing:
-        raise ModelError(f"{folder}: no weights for `{missing[0]}` (and {len(missing) - 1} more); is it complete?")
+        raise ModelError(
+            f"{folder}: no weights for `{missing[0]}` (and {len(missing) - 1} more); is it complete?"
+        )
 
 
 def load_model(folder: str | Path, *, dtype: str = "float32", attn: str = attention.NAME) -> Any:
@@ -124,5 +126,7 @@ def _read(source: tuple[Path, str], parameter: nn.Parameter) -> torch.Tensor:
         tensor = opened.get_tensor(key)
     if tensor.shape != parameter.shape:
         shapes = f"{tuple(tensor.shape)}, the configuration says {tuple(parameter.shape)}"
-        raise ModelError(f"{file}: `{key}` has shape {shapes}; config.json and weights do not belong together")
+        raise ModelError(
+            f"{file}: `{key}` has shape {shapes}; config.json and weights do not belong together"
+        )
     return tensor.to(parameter.dtype)

@@ -45,10 +45,14 @@ def check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: not a model folder, config.json is missing; name a Hugging Face folder")
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
-        raise ModelError(f"{folder}: no model.safetensors; save the model with `save_pretrained` (safetensors)")
+        raise ModelError(
+            f"{folder}: no model.safetensors; save the model with `save_pretrained` (safetensors)"
+        )
     config = read_json(folder / "config.json")
     if "auto_map" in config:
-        raise ModelError(f"{folder}/config.json: `auto_map` asks for remote code, which is never run; remove it")
+        raise ModelError(
+            f"{folder}/config.json: `auto_map` asks for remote code, which is never run; remove it"
+        )
     if "model_type" not in config:
         raise ModelError(f"{folder}/config.json: `model_type` is missing; this is not a transformers model")
 

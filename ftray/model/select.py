@@ -33,7 +33,9 @@ def select_linear(model: Any, targets: Targets | Sequence[str]) -> dict[str, nn.
         return layers
     chosen: dict[str, nn.Module] = {}
     for target in targets:
-        hits = {name: layer for name, layer in layers.items() if name == target or name.endswith("." + target)}
+        hits = {
+            name: layer for name, layer in layers.items() if name == target or name.endswith("." + target)
+        }
         if not hits:
             leaves = sorted({name.rpartition(".")[2] for name in layers})
             near = difflib.get_close_matches(target, leaves, n=3) or leaves

@@ -19,7 +19,9 @@ def load_tokenizer(folder: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ModelError(f"{folder}: no usable tokenizer here ({reason}); set `tokenizer_name_or_path`") from None
+        raise ModelError(
+            f"{folder}: no usable tokenizer here ({reason}); set `tokenizer_name_or_path`"
+        ) from None
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{folder}: the tokenizer has no `eos_token`; add one to tokenizer_config.json")
     return tokenizer

@@ -27,7 +27,9 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @torch.no_grad()
 def test_equals_from_pretrained(base: Path) -> None:
     ours = load_model(base)
-    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
     for (name, mine), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert torch.equal(mine, other), name
@@ -66,7 +68,9 @@ def test_head_equals_the_models_own_forward(base: Path) -> None:
 def test_head_knows_scaled_and_capped_logits(settings: dict[str, object], field: str) -> None:
     from transformers import AutoConfig
 
-    small = {k: v for k, v in tiny.ARCHITECTURES["llama"].items() if k not in ("model_type", "tie_word_embeddings")}
+    small = {
+        k: v for k, v in tiny.ARCHITECTURES["llama"].items() if k not in ("model_type", "tie_word_embeddings")
+    }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small, **settings, vocab_size=258)).eval()
     head = Head(model)
     assert head.plain_weight is None and getattr(head, field) not in (None, 1.0)

@@ -1,0 +1,117 @@
+"""The step engine of every first-order method: accumulate gradients, reduce, clip, step.
+
+The training loop calls `step` and knows nothing of `backward`: forward-only and roll-out engines fit the same
+place.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ftray.data.batch import Batch
+from ftray.model.policy import Policy
+from ftray.model.precision import autocast
+from ftray.objective.base import Objective
+from ftray.strategy.base import Strategy
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What one optimiser step did, over all ranks."""
+
+    loss: float
+    """Sum of the terms' means."""
+    terms: Mapping[str, float]
+    """Mean of each term."""
+    grad_norm: float
+    """Norm of the gradient before clipping."""
+    applied: bool
+    """False if the loss or the gradient was not finite and nothing moved."""
+    tokens: int
+    """Tokens seen, over all ranks."""
+    targets: float
+    """Sum of the weights of the first term."""
+
+
+class FirstOrder:
+    """Gradient descent on an objective.
+
+    Args:
+        policy: the model.
+        objective: what is minimised.
+        strategy: how the work is spread.
+        parameters: what trains, by name.
+        optimizers: built from the same parameters.
+        bf16: compute the forward pass in bfloat16.
+        max_grad_norm: clip above this norm; None never clips.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        objective: Objective,
+        strategy: Strategy,
+        parameters: Mapping[str, torch.nn.Parameter],
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        bf16: bool,
+        max_grad_norm: float | None,
+    ) -> None:
+        self.policy, self.objective, self.strategy = policy, objective, strategy
+        self.parameters, self.optimizers = dict(parameters), list(optimizers)
+        self.bf16, self.max_grad_norm = bf16, max_grad_norm
+        self._base_rates = [
+            [group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers
+        ]
+
+    def step(self, batches: Sequence[Batch], scale: float) -> StepReport:
+        """One optimiser step over this rank's micro batches, at `scale` times the base learning rate."""
+        names, weights, tokens = self._totals(batches)
+        sums = torch.zeros(len(names), dtype=torch.float64)
+        for batch in batches:
+            loss, batch_sums = self._forward(batch, names, weights)
+            self.strategy.backward(loss)
+            sums += batch_sums
+        sums = self.strategy.sum(sums)
+        for optimizer, rates in zip(self.optimizers, self._base_rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * scale
+        update = self.strategy.update(list(self.parameters.values()), self.optimizers, self.max_grad_norm)
+        means = dict(zip(names, (sums / weights).tolist(), strict=True))
+        total, applied = sum(means.values()), update.applied
+        return StepReport(total, means, update.grad_norm, applied, tokens, float(weights[0]))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums and weights of the terms over these batches on this rank, both float64."""
+        names = list(self.objective.weights(batches[0]))
+        sums, weights = (
+            torch.zeros(len(names), dtype=torch.float64),
+            torch.zeros(len(names), dtype=torch.float64),
+        )
+        for batch in batches:
+            weights += torch.tensor(list(self.objective.weights(batch).values()), dtype=torch.float64)
+            sums += self._forward(batch, names, torch.ones_like(weights))[1]
+        return sums, weights
+
+    def _totals(self, batches: Sequence[Batch]) -> tuple[list[str], torch.Tensor, int]:
+        names = list(self.objective.weights(batches[0]))
+        local = torch.zeros(len(names) + 1, dtype=torch.float64)
+        for batch in batches:
+            local[:-1] += torch.tensor(list(self.objective.weights(batch).values()), dtype=torch.float64)
+            local[-1] += batch.num_tokens
+        totals = self.strategy.sum(local)
+        # A step whose rows hold no target at all (possible with tiny batches) has zero loss, not 0/0.
+        return names, totals[:-1].clamp(min=1e-30), int(totals[-1])
+
+    def _forward(
+        self, batch: Batch, names: Sequence[str], weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with autocast(self.bf16, batch.input_ids.device.type):
+            terms = self.objective.sums(self.policy, batch)
+        parts = [terms[name].float() for name in names]
+        loss = torch.stack(
+            [part / weight for part, weight in zip(parts, weights.tolist(), strict=True)]
+        ).sum()
+        return loss, torch.stack([part.detach().double().cpu() for part in parts])

@@ -1,0 +1,37 @@
+"""Run a function on several ranks of a gloo process group, as Ray Train's workers would be, without Ray."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call `function(*args)` on each rank of a new gloo group on loopback; returns the results by rank.
+
+    The function and its arguments must pickle (a module-level function). An exception on a rank is raised here.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    mp.spawn(_rank, (world_size, port, function, args, results), nprocs=world_size)  # type: ignore[no-untyped-call]
+    found = dict(results.get() for _ in range(world_size))
+    return [found[rank] for rank in range(world_size)]
+
+
+def _rank(
+    rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], results: Any
+) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    try:
+        results.put((rank, function(*args)))
+    finally:
+        dist.destroy_process_group()

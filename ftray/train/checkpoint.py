@@ -1,0 +1,160 @@
+"""Checkpoints are transactions: a folder is there with everything its manifest names, or it is not there.
+
+    step-00000100/  trainable.safetensors  optimizer.safetensors  manifest.json
+
+The manifest holds the digest of every file, the data cursor (the step), the precision, and digests that say
+which run and which structure it belongs to. There is no generator state to save: the seeds of a step are a
+function of (seed, step, rank). Nothing is pickled.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ftray.config.recipe import Recipe
+from ftray.core.errors import CheckpointError, FtrayError
+from ftray.core.fs import commit_dir, digest_json, digest_tree, read_json, verify_tree, write_json
+from ftray.core.spec import dump
+from ftray.optim.state import load_state_tensors, state_tensors
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_HOUSEKEEPING = ("eval_steps", "save_steps", "save_total_limit", "logging_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where a run stands; all that is needed, besides tensors, to go on."""
+
+    step: int = 0
+    """Optimiser steps done; also the data cursor."""
+    tokens: int = 0
+    """Tokens seen over all ranks."""
+    elapsed_s: float = 0.0
+    """Seconds of training so far, over all resumptions."""
+    bf16: bool | None = None
+    """Precision chosen when the run began; kept when it goes on."""
+
+
+def run_identity(recipe: Recipe, data_digest: str) -> dict[str, str]:
+    """Digests that say what may continue what.
+
+    `run`: everything that changes the numbers, but not the strategy (another world size continues the same
+    curve) nor how often something is saved. `structure`: what the tensors' shapes and the rows depend on; a
+    population's members share it while they differ in the rest.
+    """
+    tree = dump(recipe)
+    for key in _HOUSEKEEPING:
+        tree["train"].pop(key)
+    tree["train"].pop("per_device_train_batch_size")
+    structure = {key: tree[key] for key in ("model", "adapt")}
+    run = {
+        key: tree[key] for key in ("seed", "model", "adapt", "objective", "optim", "lr_scheduler", "train")
+    }
+    return {"run": digest_json(run), "structure": digest_json(structure), "data": data_digest}
+
+
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    Args:
+        folder: where they lie; made when needed.
+        identity: `run_identity` of the run.
+        keep: how many committed ones stay.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, str], keep: int) -> None:
+        self.folder, self.identity, self.keep = folder, dict(identity), keep
+
+    def commit(
+        self,
+        state: State,
+        parameters: Mapping[str, torch.nn.Parameter],
+        optimizers: Sequence[torch.optim.Optimizer],
+        world: int,
+    ) -> Path:
+        """Write one checkpoint durably and drop the oldest beyond `keep`; returns its folder."""
+        final = self.folder / f"step-{state.step:08d}"
+        if not final.exists():
+            trainable = {name: parameter.detach().contiguous() for name, parameter in parameters.items()}
+            # A folder that appeared meanwhile holds the same step of the same run: then there is nothing to do.
+            with contextlib.suppress(FileExistsError), commit_dir(final) as tmp:
+                save_file(trainable, tmp / "trainable.safetensors")
+                save_file(state_tensors(parameters, optimizers), tmp / "optimizer.safetensors")
+                manifest = {
+                    "format": FORMAT,
+                    "state": dataclasses.asdict(state),
+                    "identity": self.identity,
+                    "world": world,
+                    "files": digest_tree(tmp),
+                }
+                write_json(tmp / MANIFEST, manifest)
+        self._prune()
+        return final
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole; a damaged one is named in a warning and passed over."""
+        for path in sorted(self.folder.glob("step-*"), reverse=True):
+            try:
+                self._manifest(path)
+                return path
+            except FtrayError as error:
+                warnings.warn(f"{error}; trying the one before", stacklevel=2)
+        return None
+
+    def restore(
+        self,
+        path: Path,
+        parameters: Mapping[str, torch.nn.Parameter],
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        same_run: bool,
+    ) -> State:
+        """Load a checkpoint into parameters and optimisers.
+
+        Args:
+            path: a committed checkpoint.
+            parameters: what trains, by name.
+            optimizers: built from the same parameters.
+            same_run: the checkpoint must be of this very run; otherwise of the same structure and data.
+
+        Raises:
+            CheckpointError: one line, if it is damaged or belongs to something else.
+        """
+        manifest = self._manifest(path)
+        for key in ("run", "structure", "data") if same_run else ("structure", "data"):
+            if manifest["identity"][key] != self.identity[key]:
+                what = {
+                    "run": "another recipe",
+                    "structure": "another model or adapter",
+                    "data": "other data",
+                }
+                raise CheckpointError(f"{path}: was made with {what[key]}; give this run another `name`")
+        tensors = load_file(path / "trainable.safetensors")
+        if tensors.keys() != parameters.keys():
+            odd = sorted(tensors.keys() ^ parameters.keys())[0]
+            raise CheckpointError(f"{path}: `{odd}` is trained on one side only; the recipe is another one")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+        load_state_tensors(parameters, optimizers, load_file(path / "optimizer.safetensors"))
+        return State(**manifest["state"])
+
+    def _manifest(self, path: Path) -> dict[str, Any]:
+        try:
+            manifest: dict[str, Any] = read_json(path / MANIFEST)
+        except FtrayError as error:
+            raise CheckpointError(f"{path}: not a committed checkpoint ({error})") from None
+        verify_tree(path, manifest["files"], CheckpointError)
+        return manifest
+
+    def _prune(self) -> None:
+        for path in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,70 @@
+"""A run's result as a delta folder that plain PEFT, transformers and vLLM load."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ftray.config.recipe import Recipe
+from ftray.core.spec import dump
+from ftray.delta import manifest
+from ftray.model.folder import resolve_folder
+from ftray.model.identity import base_identity
+from ftray.model.tokenizer import chat_template_hash, load_tokenizer
+from ftray.train.checkpoint import State
+from ftray.train.feed import Feed
+
+_CARD = """---
+library_name: {library}
+{base_line}tags: [ftray]
+---
+# {name}
+
+{kind} delta trained by ftray: objective `{objective}`, {step} steps, {tokens} tokens.
+
+| metric | value |
+|---|---|
+{metrics}
+"""
+
+
+def save_delta(
+    recipe: Recipe, model: Any, run_dir: Path, feed: Feed, metrics: dict[str, float], state: State
+) -> Path:
+    """Write `run_dir/delta`: weights, tokenizer, chat template, model card and manifest; returns the folder."""
+    folder = run_dir / "delta"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tokenizer = load_tokenizer(recipe.model.tokenizer)
+    recipe.adapt.save(model, folder, recipe.model.model_name_or_path)
+    tokenizer.save_pretrained(folder)
+    facts = recipe.adapt.facts()
+    (folder / "README.md").write_text(_card(recipe, facts.kind, metrics, state), "utf-8")
+    if recipe.model.init == "pretrained":
+        base = base_identity(resolve_folder(recipe.model.model_name_or_path))
+    else:
+        # Trained from random weights, it is its own base.
+        base = base_identity(folder)
+    manifest.write(
+        folder,
+        kind=facts.kind,
+        base=base,
+        chat_template_hash=chat_template_hash(tokenizer),
+        recipe=dump(recipe),
+        lineage={"data": [feed.digest], "run": recipe.name},
+        metrics=metrics,
+    )
+    return folder
+
+
+def _card(recipe: Recipe, kind: str, metrics: dict[str, float], state: State) -> str:
+    base = recipe.model.model_name_or_path
+    return _CARD.format(
+        library="peft" if kind == "low_rank" else "transformers",
+        base_line=f"base_model: {base}\n" if base else "",
+        name=recipe.name,
+        kind=kind.replace("_", "-"),
+        objective=dump(recipe.objective)["type"],
+        step=state.step,
+        tokens=state.tokens,
+        metrics="\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items()),
+    )

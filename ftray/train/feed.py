@@ -1,0 +1,66 @@
+"""The rows of a step: from the global order to this rank's micro batches."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ftray.data.batch import Batch, collate
+from ftray.data.order import Order, dp_slice
+from ftray.data.read import Shards
+from ftray.strategy.base import Strategy
+
+
+class Feed:
+    """Training rows in the global order, and validation rows in theirs.
+
+    Args:
+        train: prepared shards.
+        validation: prepared shards, or None.
+        strategy: says which part of a global batch is this rank's.
+        global_batch_size: rows in one optimiser step.
+        micro_batch_size: rows in one forward pass.
+        seed: the run's seed.
+    """
+
+    def __init__(
+        self,
+        train: Path,
+        validation: Path | None,
+        strategy: Strategy,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+    ) -> None:
+        self.shards = Shards(train)
+        self.validation = Shards(validation) if validation else None
+        self.order = Order(len(self.shards), global_batch_size, seed)
+        self.strategy, self.micro_batch_size = strategy, micro_batch_size
+
+    @property
+    def digest(self) -> str:
+        """Identity of the training data."""
+        return self.shards.digest
+
+    def rows(self, step: int) -> npt.NDArray[np.int64]:
+        """This rank's row indices of a step; -1 fills up a batch that does not divide."""
+        return dp_slice(self.order.batch(step), self.strategy.dp_rank, self.strategy.dp_size)
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro batches of a step."""
+        return list(self._micro(self.shards, self.rows(step)))
+
+    def validation_batches(self) -> list[Batch]:
+        """This rank's part of all validation rows."""
+        if self.validation is None:
+            return []
+        indices = np.arange(len(self.validation), dtype=np.int64)
+        rows = dp_slice(indices, self.strategy.dp_rank, self.strategy.dp_size)
+        return list(self._micro(self.validation, rows))
+
+    def _micro(self, shards: Shards, rows: npt.NDArray[np.int64]) -> Iterator[Batch]:
+        for start in range(0, len(rows), self.micro_batch_size):
+            part = rows[start : start + self.micro_batch_size]
+            yield collate([shards.row(int(index)) for index in part], part)

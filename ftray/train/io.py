@@ -1,0 +1,86 @@
+"""What a run reads and writes besides its rows: prepared data, metrics, checkpoint notices.
+
+The loop is the same in a notebook, a test and a Ray Train worker; only its `IO` differs.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from ftray.config.load import write_resolved
+from ftray.config.recipe import Recipe
+from ftray.train.track import Sinks
+
+Record = dict[str, Any]
+
+
+class IO(Protocol):
+    """Surroundings of a run."""
+
+    run_dir: Path
+
+    def prepare(self, recipe: Recipe) -> tuple[Path, Path | None]:
+        """Folders of the prepared training and validation shards."""
+        ...
+
+    def open(self, recipe: Recipe, from_step: int) -> None:
+        """Begin writing on rank 0; records after `from_step` of an earlier life are dropped."""
+        ...
+
+    def log(self, record: Record) -> None:
+        """Write one record of metrics; nothing on ranks that did not `open`."""
+        ...
+
+    def committed(self, checkpoint: Path, record: Record) -> None:
+        """A checkpoint is durable. Called on every rank."""
+        ...
+
+    def close(self) -> None:
+        """Flush and close."""
+        ...
+
+
+class LocalIO:
+    """A run folder on this machine.
+
+    Args:
+        run_dir: the run's folder; made when needed.
+        on_record: also called with every record, to draw progress.
+    """
+
+    def __init__(self, run_dir: Path, on_record: Callable[[Record], None] | None = None) -> None:
+        self.run_dir = Path(run_dir)
+        self._on_record = on_record
+        self._sinks: Sinks | None = None
+
+    def prepare(self, recipe: Recipe) -> tuple[Path, Path | None]:
+        """Prepare in this process, or find what is prepared."""
+        from ftray.data.prepare import prepare_local
+
+        train = prepare_local(recipe.data, recipe.model.tokenizer, "train")
+        validation = None
+        if recipe.data.validation:
+            validation = prepare_local(recipe.data, recipe.model.tokenizer, "validation")
+        return train, validation
+
+    def open(self, recipe: Recipe, from_step: int) -> None:
+        """Write the resolved recipe and open the trackers."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_resolved(recipe, self.run_dir / "recipe.yaml")
+        self._sinks = Sinks(recipe, self.run_dir, from_step)
+
+    def log(self, record: Record) -> None:
+        """To every tracker."""
+        if self._sinks is not None:
+            self._sinks.log(record)
+            if self._on_record is not None:
+                self._on_record(record)
+
+    def committed(self, checkpoint: Path, record: Record) -> None:
+        """Nobody else to tell."""
+
+    def close(self) -> None:
+        """Close the trackers."""
+        if self._sinks is not None:
+            self._sinks.close()
+            self._sinks = None

@@ -1,0 +1,154 @@
+"""From a recipe to a finished run: in this process, or as a Ray Train worker group."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ftray.cluster.ray_session import session
+from ftray.config.recipe import Recipe
+from ftray.core.errors import CheckpointError, FtrayError, TrainError
+from ftray.core.fs import read_json
+from ftray.core.types import Progress, no_progress
+from ftray.train.io import LocalIO, Record
+from ftray.train.track.jsonl import FILE, read_records
+from ftray.train.worker import Result, train
+
+_POLL_S = 0.5
+_RAY_SETTINGS = {
+    # A group that cannot start for lack of room should say so in minutes, not hang.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+}
+
+
+def run_dir_of(recipe: Recipe) -> Path:
+    """Folder of a recipe's run."""
+    return Path(recipe.output_dir).expanduser() / recipe.name
+
+
+def launch(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    on_record: Callable[[Record], None] | None = None,
+    on_prepare: Progress = no_progress,
+) -> Result:
+    """Train a recipe wherever its strategy says.
+
+    Args:
+        recipe: the run.
+        resume: go on with the run of the same name; without it such a run is left alone and refused.
+        on_record: called with every record of metrics as it appears.
+        on_prepare: progress of the preparation of rows.
+
+    Raises:
+        CheckpointError: if the run folder has a run and `resume` was not asked for.
+        FtrayError: what the run itself raised, also from inside a worker.
+    """
+    run_dir = run_dir_of(recipe).resolve()
+    if not resume and any((run_dir / "checkpoints").glob("step-*")):
+        raise CheckpointError(f"{run_dir}: holds a run already; use `--resume`, or another `name`")
+    if recipe.strategy.num_workers == 1:
+        return train(recipe, LocalIO(run_dir, on_record))
+    with session():
+        return _launch_workers(recipe, run_dir, on_record, on_prepare)
+
+
+def _launch_workers(
+    recipe: Recipe, run_dir: Path, on_record: Callable[[Record], None] | None, on_prepare: Progress
+) -> Result:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from ftray.data.ray_prepare import prepare
+
+    shards: tuple[Path, Path | None] = (
+        prepare(recipe.data, recipe.model.tokenizer, "train", on_prepare),
+        None,
+    )
+    if recipe.data.validation:
+        shards = (shards[0], prepare(recipe.data, recipe.model.tokenizer, "validation", on_prepare))
+    for key, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(key, value)
+    strategy = recipe.strategy
+    run_dir.mkdir(parents=True, exist_ok=True)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"recipe": ray.put(recipe), "run_dir": str(run_dir), "shards": shards},
+        scaling_config=ScalingConfig(
+            num_workers=strategy.num_workers,
+            resources_per_worker={"CPU": strategy.cpus_per_worker},
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(run_dir),
+            failure_config=FailureConfig(max_failures=strategy.max_failures),
+        ),
+    )
+    with _Tail(run_dir / FILE, on_record):
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise _ours(error) from error
+    saved = read_json(run_dir / "result.json")
+    paths = {key: Path(saved[key]) for key in ("run_dir", "checkpoint", "delta")}
+    return Result(**{**saved, **paths})
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Body of one Ray Train worker: the same `train` as everywhere."""
+    import ray
+    import torch
+
+    from ftray.train.ray_io import RayIO
+
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    train(ray.get(config["recipe"]), RayIO(Path(config["run_dir"]), config["shards"]))
+
+
+def _ours(error: BaseException) -> FtrayError:
+    """The worker's own error if it was one of ours, else one line that names the last cause."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, FtrayError):
+                return cause
+            cause = cause.__cause__ or getattr(cause, "cause", None)
+    shown = next(iter(failures.values()), error)
+    lines = str(shown).strip().splitlines()
+    return TrainError(f"the worker group failed: {lines[-1] if lines else type(shown).__name__}")
+
+
+class _Tail:
+    """Calls `on_record` with the records a run in other processes writes, while a block runs."""
+
+    def __init__(self, path: Path, on_record: Callable[[Record], None] | None) -> None:
+        self._path, self._on_record = path, on_record
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="ftray-tail", daemon=True)
+
+    def __enter__(self) -> "_Tail":
+        if self._on_record:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._on_record:
+            self._thread.join()
+
+    def _follow(self) -> None:
+        seen, began = 0, time.time()
+        while not self._stop.wait(_POLL_S):
+            # An older life of the run may have left its file; only what is written from now on is news.
+            if not self._path.is_file() or self._path.stat().st_mtime < began:
+                continue
+            records = read_records(self._path)
+            if len(records) > seen and self._on_record:
+                self._on_record(records[-1])
+            seen = len(records)

@@ -1,0 +1,169 @@
+"""The main path in one process."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from ftray.core.errors import CheckpointError, TrainError
+from ftray.delta import manifest
+from ftray.model.build import load_model
+from ftray.model.identity import base_identity
+from ftray.train.io import LocalIO
+from ftray.train.ray_launch import launch
+from ftray.train.track.jsonl import read_records
+from ftray.train.worker import train
+from tests.recipes import MakeRecipe
+
+
+def run(recipe: Any, **settings: Any) -> Any:
+    return train(recipe, LocalIO(Path(recipe.output_dir) / recipe.name), **settings)
+
+
+def losses(recipe: Any) -> list[float]:
+    records = read_records(Path(recipe.output_dir) / recipe.name / "metrics.jsonl")
+    return [record["loss"] for record in records if "grad_norm" in record]
+
+
+@pytest.mark.parametrize("adapt", ["lora", "full"])
+def test_learns_and_leaves_everything_behind(make_recipe: MakeRecipe, adapt: str, tiny_base: Path) -> None:
+    recipe = make_recipe(adapt=adapt, train__max_steps=25, lr_scheduler={"type": "cosine", "warmup_steps": 3})
+    result = run(recipe)
+    curve = losses(recipe)
+    assert len(curve) == 25 and curve[-1] < 0.5 * curve[0]
+    assert result.metrics["eval_loss"] < 0.5 * curve[0]
+    folder = result.run_dir
+    for name in ("recipe.yaml", "metrics.jsonl", "loss.png", "tensorboard", "result.json", "delta/README.md"):
+        assert (folder / name).exists(), name
+    delta = manifest.read(result.delta)
+    assert delta.base.digest == base_identity(tiny_base)["digest"]
+    assert delta.kind == ("low_rank" if adapt == "lora" else "replacement")
+    assert delta.lineage.data and delta.metrics["eval_loss"] == result.metrics["eval_loss"]
+
+
+def test_delta_loads_in_plain_peft_and_transformers(make_recipe: MakeRecipe, tiny_base: Path) -> None:
+    ids = torch.randint(2, 250, (1, 20), generator=torch.Generator().manual_seed(1))
+    lora = run(make_recipe("lora"))
+    full = run(make_recipe("full", adapt="full"))
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    with torch.no_grad():
+        before = base(ids).logits
+        tuned = PeftModel.from_pretrained(base, lora.delta)(ids).logits
+        replaced = AutoModelForCausalLM.from_pretrained(full.delta)(ids).logits
+        ours = load_model(full.delta)(ids).logits
+    assert (tuned - before).abs().max() > 0.01 and (replaced - before).abs().max() > 0.01
+    torch.testing.assert_close(ours, replaced, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_accumulation_changes_nothing_but_rounding(make_recipe: MakeRecipe, micro: int) -> None:
+    reference = make_recipe("reference", train__per_device_train_batch_size=4)
+    other = make_recipe(f"micro{micro}", train__per_device_train_batch_size=micro)
+    run(reference), run(other)
+    assert losses(other) == pytest.approx(losses(reference), rel=1e-5)
+
+
+def test_reruns_are_bit_equal(make_recipe: MakeRecipe) -> None:
+    one, two = make_recipe("one", adapt__lora_dropout=0.1), make_recipe("two", adapt__lora_dropout=0.1)
+    run(one), run(two)
+    assert losses(one) == losses(two)
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_goes_on_as_if_never_stopped(make_recipe: MakeRecipe, stop: int) -> None:
+    changes: dict[str, Any] = {"adapt__lora_dropout": 0.1, "train__save_steps": 1, "train__max_steps": 8}
+    changes["lr_scheduler"] = "linear"
+    whole, parts = make_recipe("whole", **changes), make_recipe("parts", **changes)
+    run(whole)
+    assert run(parts, stop_at=stop).step == stop
+    assert run(parts).step == 8
+    assert losses(parts) == losses(whole)
+
+
+def test_start_from_a_donor_with_another_rate(make_recipe: MakeRecipe) -> None:
+    donor = run(make_recipe("donor"), stop_at=3)
+    same = make_recipe("same")
+    faster = make_recipe("faster", optim__learning_rate=5e-2)
+    whole = make_recipe("whole")
+    run(whole), run(same, start_from=donor.checkpoint), run(faster, start_from=donor.checkpoint)
+    assert losses(same) == losses(whole)[3:]
+    assert losses(faster)[0] == losses(same)[0] and losses(faster)[1] != losses(same)[1]
+
+
+def test_launch_refuses_to_run_over_a_run(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe()
+    launch(recipe)
+    with pytest.raises(CheckpointError, match="holds a run already; use `--resume`"):
+        launch(recipe)
+    assert launch(recipe, resume=True).step == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"optim__learning_rate": 1.0}, "another recipe"), ({"adapt__r": 8}, "another recipe")],
+)
+def test_resume_of_another_recipe_is_refused(
+    make_recipe: MakeRecipe, change: dict[str, Any], message: str
+) -> None:
+    launch(make_recipe())
+    with pytest.raises(CheckpointError, match=message):
+        launch(make_recipe(**change), resume=True)
+
+
+def test_damaged_checkpoint_is_passed_over(make_recipe: MakeRecipe) -> None:
+    changes: dict[str, Any] = {"train__save_steps": 2, "train__save_total_limit": 3}
+    run(make_recipe("whole", **changes))
+    recipe = make_recipe("hurt", **changes)
+    result = run(recipe, stop_at=4)
+    file = result.checkpoint / "trainable.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.warns(UserWarning, match="not what was committed"):
+        assert run(recipe).step == 6
+    assert losses(recipe) == losses(make_recipe("whole", **changes))
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_not_finite_moves_nothing(make_recipe: MakeRecipe, policy: str) -> None:
+    # A learning rate that overflows float32 within a step or two.
+    recipe = make_recipe(optim__learning_rate=1e30, train__nan_policy=policy, train__max_grad_norm=None)
+    if policy == "stop":
+        with pytest.raises(TrainError, match=r"not finite; lower `optim\.learning_rate`"):
+            run(recipe)
+    else:
+        run(recipe)
+        records = read_records(Path(recipe.output_dir) / recipe.name / "metrics.jsonl")
+        assert sum(record.get("skipped", 0) for record in records) >= 3
+
+
+def test_clock_bounds_the_run(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(train__max_steps=None, train__max_time_s=1.0, lr_scheduler="linear")
+    result = run(recipe)
+    records = read_records(result.run_dir / "metrics.jsonl")
+    assert 1.0 <= records[-2]["elapsed_s"] < 3.0 and result.step > 3
+    rates = [record["learning_rate"] for record in records[:-1]]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.2 * rates[0]
+
+
+def test_rows_of_zero_weight_at_the_end_of_an_odd_batch(make_recipe: MakeRecipe) -> None:
+    result = run(make_recipe(train__global_batch_size=3, train__per_device_train_batch_size=2))
+    assert math.isfinite(result.metrics["loss"])
+
+
+def test_wandb_offline(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    result = run(make_recipe(tracking=["wandb"], train__max_steps=2))
+    assert list((result.run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_metrics_survive_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
+    assert [record["step"] for record in read_records(path)] == [1]
