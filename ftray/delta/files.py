@@ -14,8 +14,8 @@ from typing import Any
 
 from ftray.core.errors import DeltaError
 
-SUFFIXES = frozenset({".safetensors", ".json", ".md", ".jinja", ".yaml", ".png", ".txt"})
-"""File types a delta may hold."""
+SUFFIXES = frozenset({".safetensors", ".json", ".md", ".jinja", ".yaml", ".png", ".txt", ".model"})
+"""File types a delta may hold (`.model`: a SentencePiece vocabulary, which tokenizers save; it is plain data)."""
 
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors format itself

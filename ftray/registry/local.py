@@ -16,7 +16,6 @@ import shutil
 import stat
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from ftray.core.types import is_name
 from ftray.delta import files as delta_files
 from ftray.delta import manifest
 from ftray.delta.manifest import Delta
+from ftray.registry.entry import Entry
 from ftray.registry.ref import check_alias, check_name, parse_ref
 
 logger = logging.getLogger(__name__)
@@ -37,28 +37,6 @@ VERSION_FILE = "ftray_version.json"
 _BESIDE = frozenset({VERSION_FILE})
 _MAX_VERSION = 999_999
 _STALE_AFTER_S = 24 * 3600.0
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One published version of a delta."""
-
-    name: str
-    version: int
-    path: Path
-    """Folder of the version; plain `peft` (or Transformers) loads it."""
-    delta: Delta
-    digest: str
-    """`delta.digest`: the identity of what answers."""
-    published_at: str
-    """Time of publication, UTC, ISO 8601."""
-    aliases: tuple[str, ...] = ()
-    """Aliases that point here now."""
-
-    @property
-    def ref(self) -> str:
-        """`name@version`."""
-        return f"{self.name}@{self.version}"
 
 
 class Registry:
