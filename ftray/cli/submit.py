@@ -1,6 +1,7 @@
 """`ftray submit`: a recipe or a job file, run on a Ray cluster."""
 
 import importlib
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,8 +74,8 @@ def read_job(file: Path, overrides: list[str], *, verb: str, name: str, working_
 
 
 def _check(job: JobConfig) -> None:
-    """Refuse here what the cluster would refuse later."""
-    if job.verb not in _CONFIGS:
+    """Refuse here what the cluster would refuse later, unless only the cluster can expand the file."""
+    if job.verb not in _CONFIGS or any(name not in os.environ for name in job.secrets):
         return
     module, _, attribute = _CONFIGS[job.verb].partition(":")
     config: Any = getattr(importlib.import_module(module), attribute)

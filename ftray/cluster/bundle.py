@@ -1,5 +1,6 @@
 """What a submitted job takes along: its configuration, the local files that names, and nothing else."""
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -70,7 +71,8 @@ def collect(job: JobConfig) -> Bundle:
         overrides = [
             argument for argument in job.arguments if "=" in argument and not argument.startswith("-")
         ]
-        _follow(bundle, job.config, overrides)
+        with _stand_ins(job.secrets):
+            _follow(bundle, job.config, overrides)
     for name in job.files:
         if not _take(bundle, name, "files"):
             raise ConfigError(f"files: {name!r} does not exist; check the path")
@@ -86,6 +88,18 @@ def command_line(job: JobConfig) -> str:
     # `${X:?}` ends the shell when X is unset or empty; the value itself never leaves the node.
     required = [f': "${{{name}:?is not set on this cluster, and the job needs it}}"' for name in job.secrets]
     return " && ".join([*required, shlex.join(words)])
+
+
+@contextlib.contextmanager
+def _stand_ins(names: Sequence[str]) -> Iterator[None]:
+    """Let a file refer to variables that are set on the cluster only."""
+    missing = [name for name in names if name not in os.environ]
+    os.environ.update(dict.fromkeys(missing, ""))
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]
 
 
 def _place(job: JobConfig) -> str:

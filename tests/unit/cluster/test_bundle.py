@@ -1,5 +1,6 @@
 """What a job takes along, and how its command survives a shell."""
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -98,6 +99,20 @@ def test_too_much_names_the_largest_file(project: Path) -> None:
         file.truncate(2_000_000)
     with pytest.raises(ClusterError, match=r"2 MB to send, more than max_upload_mb=1; .*model\.safetensors"):
         collect(JobConfig(name="j", config="recipe.yaml", max_upload_mb=1))
+
+
+def test_a_file_may_refer_to_what_only_the_cluster_knows(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ONLY_THERE", raising=False)
+    (project / "serve.yaml").write_text("base: base\nkey: ${ONLY_THERE}\n")
+    assert (
+        "base/config.json"
+        in collect(JobConfig(name="j", verb="serve", config="serve.yaml", secrets=["ONLY_THERE"])).files
+    )
+    assert "ONLY_THERE" not in os.environ
+    with pytest.raises(ConfigError, match="ONLY_THERE"):
+        collect(JobConfig(name="j", verb="serve", config="serve.yaml"))
 
 
 @pytest.mark.parametrize("nasty", NASTY)
