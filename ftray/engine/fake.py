@@ -23,6 +23,9 @@ class ByteTokenizer:
     chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
     eos_token_id = _EOS
 
+    def __len__(self) -> int:
+        return _EOS + 1
+
     def encode(self, text: str, **_: Any) -> list[int]:
         """Tokens of a text."""
         return list(text.encode())

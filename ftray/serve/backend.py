@@ -1,0 +1,51 @@
+"""The seam between HTTP and what generates: a test puts an engine in this process here, Ray Serve a handle."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from ftray.engine.api import EngineInfo, EngineStats, Output, Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """What a `model` field can name."""
+
+    id: str
+    """Name in `/v1/models`."""
+    ref: str
+    """What it is exactly: `name@version`, or the base's name."""
+    digest: str
+    """Digest of what answers; also the delta's name inside the engine."""
+    folder: str | None = None
+    """The delta's folder; None: the base."""
+
+    @property
+    def delta(self) -> str | None:
+        """The delta's name inside the engine."""
+        return None if self.folder is None else self.digest
+
+
+class Unavailable(Exception):
+    """The engine went away before the request ended."""
+
+
+class Backend(Protocol):
+    """Generates for the HTTP layer."""
+
+    def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        """Outputs until one has a `finish_reason`; closing the generator cancels the request.
+
+        Raises:
+            RequestError: if the request is refused, before the first output.
+            Unavailable: if the engine is gone.
+        """
+        ...
+
+    async def info(self) -> EngineInfo:
+        """Facts about the engine. Raises `Unavailable`."""
+        ...
+
+    async def stats(self) -> EngineStats:
+        """Load of the engine. Raises `Unavailable`."""
+        ...

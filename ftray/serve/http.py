@@ -1,0 +1,328 @@
+"""The HTTP API, OpenAI's as far as it is built, over whatever generates."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ftray.core.errors import RequestError
+from ftray.engine import api
+from ftray.serve import schema, stream
+from ftray.serve.backend import Backend, ServedModel, Unavailable
+from ftray.serve.metrics import UNKNOWN, Metrics
+from ftray.serve.prompts import Prompts
+from ftray.serve.replies import Reply, error_body, model_card
+from ftray.serve.tenants import Access
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 8 * 2**20
+_OPEN_PATHS = frozenset({"/healthz"})
+_CHAT_MAX_TOKENS = 1024
+_COMPLETION_MAX_TOKENS = 16  # OpenAI's default of this endpoint
+
+
+def create_app(
+    models: Sequence[ServedModel],
+    prompts: Prompts,
+    backend: Backend,
+    access: Access,
+    *,
+    request_timeout_s: float = 300.0,
+) -> ASGIApp:
+    """Build the application.
+
+    Args:
+        models: what is served.
+        prompts: turns messages and texts into tokens.
+        backend: generates.
+        access: who may use what.
+        request_timeout_s: longest time from a request's arrival to its last token.
+    """
+    endpoint = _Endpoint(models, prompts, backend, access, request_timeout_s)
+    app = FastAPI(title="ftray", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_exception_handler(RequestError, _on_request_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(stream.ClientGone, _on_client_gone)
+    app.add_exception_handler(Unavailable, _on_unavailable)
+    app.add_exception_handler(Exception, _on_exception)
+    app.add_api_route("/healthz", endpoint.health, methods=["GET"])
+    app.add_api_route("/metrics", endpoint.metrics_text, methods=["GET"])
+    app.add_api_route("/v1/models", endpoint.list_models, methods=["GET"])
+    app.add_api_route("/v1/models/{name}", endpoint.show_model, methods=["GET"])
+    app.add_api_route("/v1/chat/completions", endpoint.chat, methods=["POST"])
+    app.add_api_route("/v1/completions", endpoint.complete, methods=["POST"])
+    return _Shell(app, access)
+
+
+class _Shell:
+    """Outermost: authenticates every path but the open ones, and turns our own mistakes into a plain 500."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def watched(message: Any) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            if scope["path"] not in _OPEN_PATHS:
+                headers = dict(scope["headers"])
+                key = headers.get(b"authorization", b"").decode("latin-1")
+                scope.setdefault("state", {})["tenant"] = self._access.authenticate(key)
+            await self._app(scope, receive, watched)
+        except RequestError as error:
+            await _response(error)(scope, receive, send)
+        except Exception as error:
+            # Neither client nor log gets the message: it may quote a prompt.
+            logger.error("internal error on %s: %s", scope["path"], _place(error))
+            if not started:
+                await _response(_internal())(scope, receive, send)
+
+
+class _Endpoint:
+    """The handlers."""
+
+    def __init__(
+        self,
+        models: Sequence[ServedModel],
+        prompts: Prompts,
+        backend: Backend,
+        access: Access,
+        request_timeout_s: float,
+    ) -> None:
+        self._prompts = prompts
+        self._backend = backend
+        self._access = access
+        self._timeout_s = request_timeout_s
+        self._created = int(time.time())
+        self._metrics = Metrics()
+        self._known = frozenset(model.id for model in models)
+
+    async def health(self) -> Response:
+        """200 while the engine answers."""
+        info = await self._backend.info()
+        return JSONResponse({"status": "ok", "engine": info.engine})
+
+    async def metrics_text(self, request: Request) -> Response:
+        """Prometheus text."""
+        self._metrics.observe_engine(await self._backend.stats())
+        tenant = request.state.tenant
+        visible = None if tenant is None else [model.id for model in self._access.models(tenant)]
+        return Response(self._metrics.render(visible), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def list_models(self, request: Request) -> Response:
+        """What this tenant may name."""
+        cards = [model_card(model, self._created) for model in self._access.models(request.state.tenant)]
+        return JSONResponse({"object": "list", "data": cards})
+
+    async def show_model(self, request: Request, name: str) -> Response:
+        """One model."""
+        return JSONResponse(model_card(self._access.find(request.state.tenant, name), self._created))
+
+    async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        return await self._counted(request, schema.ChatBody)
+
+    async def complete(self, request: Request) -> Response:
+        """`POST /v1/completions`."""
+        return await self._counted(request, schema.CompletionBody)
+
+    async def _counted(self, request: Request, cls: Any) -> Response:
+        label, status = UNKNOWN, 500
+        try:
+            body = schema.parse(await _read(request), cls)
+            model = self._access.find(request.state.tenant, body.model)
+            label = model.id
+            response = await self._answer(request, body, model)
+            status = response.status_code
+            return response
+        except RequestError as error:
+            status = error.status
+            raise
+        except Unavailable:
+            status = 503
+            raise
+        except stream.ClientGone:
+            status = 499
+            raise
+        finally:
+            self._metrics.requests.labels(label if label in self._known else UNKNOWN, status).inc()
+
+    async def _answer(
+        self, request: Request, body: schema.ChatBody | schema.CompletionBody, model: ServedModel
+    ) -> Response:
+        arrived = time.monotonic()
+        chat = isinstance(body, schema.ChatBody)
+        ids = await self._prompts.tokens(body)
+        info = await self._backend.info()
+        room = max(1, info.max_length - len(ids))
+        default = min(room, _CHAT_MAX_TOKENS if chat else _COMPLETION_MAX_TOKENS)
+        inner = api.Request(
+            id=uuid.uuid4().hex, prompt_ids=ids, delta=model.delta, sampling=body.sampling(default)
+        )
+        reply = Reply(inner.id, model, chat, len(ids))
+        outputs = self._timed(inner, model, arrived)
+        if not body.stream:
+            return await stream.unless_gone(request.receive, _whole(reply, outputs))
+        # The first token is awaited here, so that whatever is refused gets a status and not a broken stream.
+        try:
+            first = await stream.unless_gone(request.receive, anext(outputs))
+        except BaseException:
+            await outputs.aclose()
+            raise
+        events = _events(reply, first, outputs, body.include_usage)
+        return stream.EventStream(events, reply.headers)
+
+    async def _timed(
+        self, inner: api.Request, model: ServedModel, arrived: float
+    ) -> AsyncGenerator[api.Output, None]:
+        """The backend's outputs, counted, within the time limit."""
+        tokens, first = self._metrics.tokens, True
+        outputs = self._backend.generate(inner)
+        self._metrics.in_flight.inc()
+        try:
+            while True:
+                left = arrived + self._timeout_s - time.monotonic()
+                try:
+                    output = await asyncio.wait_for(anext(outputs), max(left, 0.001))
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    message = f"the request took more than {self._timeout_s:g} s"
+                    raise RequestError(message, status=504, code="timeout") from None
+                if first:
+                    self._metrics.first_token.labels(model.id).observe(time.monotonic() - arrived)
+                    tokens.labels(model.id, "prompt").inc(len(inner.prompt_ids))
+                    first = False
+                tokens.labels(model.id, "completion").inc(len(output.token_ids))
+                yield output
+        finally:
+            self._metrics.in_flight.dec()
+            await outputs.aclose()
+
+
+async def _whole(reply: Reply, outputs: AsyncGenerator[api.Output, None]) -> Response:
+    parts, num_tokens, reason = [], 0, None
+    try:
+        async for output in outputs:
+            _raise_if_failed(output)
+            parts.append(output.text)
+            num_tokens += len(output.token_ids)
+            reason = output.finish_reason
+    finally:
+        await outputs.aclose()
+    if reason is None:
+        raise Unavailable("the answer ended early")
+    return JSONResponse(reply.whole("".join(parts), reason, num_tokens), headers=reply.headers)
+
+
+async def _events(
+    reply: Reply, first: api.Output, outputs: AsyncGenerator[api.Output, None], include_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    """A stream's events. One that fails ends with an error event and without `[DONE]`."""
+    num_tokens, output = 0, first
+    try:
+        _raise_if_failed(first)
+        if reply.chat:
+            yield stream.event(reply.chunk("", role=True))
+        while True:
+            num_tokens += len(output.token_ids)
+            if output.text:
+                yield stream.event(reply.chunk(output.text))
+            if output.finish_reason is not None:
+                break
+            output = await anext(outputs)
+            _raise_if_failed(output)
+        yield stream.event(reply.chunk(None, output.finish_reason))
+        if include_usage:
+            yield stream.event(reply.usage_chunk(num_tokens))
+        yield stream.DONE
+    except RequestError as error:
+        yield stream.error_event(error_body(error))
+    except (Unavailable, StopAsyncIteration):
+        yield stream.error_event(error_body(_unavailable("the engine went away during the answer")))
+    except Exception as error:
+        logger.error("stream failed: %s", _place(error))
+        yield stream.error_event(error_body(_internal()))
+    finally:
+        await outputs.aclose()
+
+
+def _raise_if_failed(output: api.Output) -> None:
+    if output.finish_reason == "error":
+        raise RequestError(output.error or "the engine failed", status=500, code="generation_failed")
+
+
+async def _read(request: Request) -> bytes:
+    """The body, up to a limit that holds whatever the headers say."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise RequestError(f"the body has more than {MAX_BODY_BYTES} bytes", status=413, code="too_large")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _internal() -> RequestError:
+    return RequestError("internal error", status=500, code="internal_error")
+
+
+def _unavailable(message: str) -> RequestError:
+    return RequestError(message, status=503, code="unavailable")
+
+
+def _response(error: RequestError) -> Response:
+    headers = {"retry-after": "1"} if error.status in (429, 503) else {}
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+
+
+async def _on_request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return _response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    problem = RequestError(str(error.detail), status=error.status_code, code="invalid_request")
+    response = _response(problem)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
+
+
+async def _on_exception(request: Request, error: Exception) -> Response:
+    return _response(_internal())  # raised again after this, and logged by the shell
+
+
+async def _on_unavailable(request: Request, error: Exception) -> Response:
+    return _response(_unavailable("the engine is not available; try again shortly"))
+
+
+def _place(error: BaseException) -> str:
+    place = error.__traceback__
+    while place and place.tb_next:
+        place = place.tb_next
+    where = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "unknown place"
+    return f"{type(error).__name__} at {where}"

@@ -1,0 +1,184 @@
+"""The engine's own thread: it steps while there is work and hands each step's outputs to asyncio in one go."""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ftray.core.errors import RequestError
+from ftray.engine.api import Engine, EngineInfo, EngineStats, Output, Request
+from ftray.serve.backend import Unavailable
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_MAX_FAILURES = 3
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Where a request's outputs, or the exception that ends it, are delivered."""
+
+    loop: asyncio.AbstractEventLoop
+    queue: "asyncio.Queue[Output | Exception]"
+
+
+class EngineLoop:
+    """Runs an engine in a thread; a `Backend` for the HTTP layer of the same process.
+
+    Args:
+        engine: owned by the thread from `start` on.
+        max_requests: requests held at once, running and waiting; more are refused with 429.
+    """
+
+    def __init__(self, engine: Engine, max_requests: int) -> None:
+        self._engine = engine
+        self._max_requests = max_requests
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._failures = 0
+        self._streams: dict[str, _Stream] = {}
+        self._thread = threading.Thread(target=self._run, name="ftray-engine", daemon=True)
+
+    def start(self) -> "EngineLoop":
+        """Start the thread."""
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End the thread after the step it is in; streams that go on end as unavailable."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(timeout=30)
+
+    @property
+    def healthy(self) -> bool:
+        """False once the thread is gone or step after step failed."""
+        return self._thread.is_alive() and self._failures < _MAX_FAILURES
+
+    async def info(self) -> EngineInfo:
+        """See `Backend.info`."""
+        return self._engine.info
+
+    async def stats(self) -> EngineStats:
+        """See `Backend.stats`."""
+        return await self.call(lambda engine: engine.stats())
+
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        """See `Backend.generate`."""
+        if not self.healthy:
+            raise Unavailable("the engine has stopped")
+        if len(self._streams) >= self._max_requests:
+            raise RequestError("the endpoint is full; try again shortly", status=429, code="overloaded")
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        self._streams[request.id] = stream
+        finished = False
+        try:
+            self._post(lambda: self._add(request))
+            while not finished:
+                item = await stream.queue.get()
+                if isinstance(item, Exception):
+                    finished = True
+                    raise item
+                finished = item.finish_reason is not None
+                yield item
+        finally:
+            self._streams.pop(request.id, None)
+            if not finished:
+                self._post(lambda: self._engine.cancel(request.id))
+
+    async def call(self, function: Callable[[Engine], T]) -> T:
+        """Run a function on the engine between two steps and return its result."""
+        if not self._thread.is_alive():
+            raise Unavailable("the engine has stopped")
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(self._engine))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._post(run)
+        return await asyncio.wrap_future(future)
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._inbox or self._stopping or self._engine.has_work()):
+                    self._wake.wait()
+                if self._stopping:
+                    break
+                commands = list(self._inbox)
+                self._inbox.clear()
+            for command in commands:
+                command()
+            if self._engine.has_work():
+                self._step()
+        gone = Unavailable("the engine is shutting down")
+        self._deliver([(name, gone) for name in list(self._streams)])
+
+    def _step(self) -> None:
+        try:
+            outputs = self._engine.step()
+        # Whatever it is, those in flight must hear of it, and the next requests may well succeed.
+        except Exception as error:
+            self._failures += 1
+            logger.error("engine step failed: %s", _described(error))
+            names = list(self._streams)
+            for name in names:
+                self._engine.cancel(name)
+            failure = {"text": "", "token_ids": [], "finish_reason": "error", "error": "the engine failed"}
+            self._deliver([(name, Output(id=name, **failure)) for name in names])  # type: ignore[arg-type]
+        else:
+            self._failures = 0
+            self._deliver([(output.id, output) for output in outputs])
+
+    def _add(self, request: Request) -> None:
+        if request.id not in self._streams:
+            return  # its client left before the engine saw it
+        try:
+            self._engine.add(request)
+        except RequestError as error:
+            self._deliver([(request.id, error)])
+        except Exception as error:
+            logger.error("request not taken: %s", _described(error))
+            self._deliver([(request.id, RuntimeError("the engine failed"))])
+
+    def _deliver(self, items: list[tuple[str, Any]]) -> None:
+        """One call per event loop, however many requests gained something."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Any], Any]]] = {}
+        for name, item in items:
+            if stream := self._streams.get(name):
+                by_loop.setdefault(stream.loop, []).append((stream.queue, item))
+        for loop, pairs in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, pairs)
+            except RuntimeError:  # the loop was closed while its requests were in flight
+                logger.warning("%d requests lost their event loop", len(pairs))
+
+
+def _put_all(pairs: list[tuple["asyncio.Queue[Any]", Any]]) -> None:
+    for queue, item in pairs:
+        queue.put_nowait(item)
+
+
+def _described(error: BaseException) -> str:
+    """Type and place of an error. Its message may quote a prompt, so it stays out of the log."""
+    place = error.__traceback__
+    while place and place.tb_next:
+        place = place.tb_next
+    where = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "unknown place"
+    return f"{type(error).__name__} at {where}"

@@ -1,0 +1,77 @@
+"""Server-sent events, and the end of a request whose client has gone."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+"""End of a stream that is complete; a failed one ends without it."""
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def error_event(data: dict[str, Any]) -> bytes:
+    """The event that ends a stream which failed after it began."""
+    return b"event: error\n" + event(data)
+
+
+class ClientGone(Exception):
+    """The client closed the connection before the answer began; nobody reads a response."""
+
+
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """Wait for `work`, but cancel it when the client disconnects. Raises `ClientGone`."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        await _cancelled(task, watcher)
+
+
+class EventStream(StreamingResponse):
+    """A response of server-sent events that closes its source as soon as the client is gone.
+
+    The source's `aclose` runs whatever happens, so that the engine frees what the request holds.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+        # A proxy in between must pass events on as they come.
+        headers = headers | {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events until they end or the client leaves."""
+        try:
+            with contextlib.suppress(ClientGone, OSError):
+                await unless_gone(receive, self._send(send))
+        finally:
+            await self._events.aclose()
+
+    def _send(self, send: Send) -> Coroutine[Any, Any, None]:
+        return self.stream_response(send)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancelled(*tasks: "asyncio.Future[Any]") -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
