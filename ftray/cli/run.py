@@ -1,0 +1,24 @@
+"""`ftray run`."""
+
+from typing import Annotated
+
+import typer
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes, as `section.field=value`.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run of this name.")] = False,
+) -> None:
+    """Train one recipe."""
+    from ftray.cli.screen import bar, out, training_bar
+    from ftray.config.load import load
+    from ftray.config.recipe import Recipe
+    from ftray.train.ray_launch import launch
+
+    spec = load(Recipe, recipe, overrides or [])
+    with bar("prepare rows") as on_prepare, training_bar(f"train {spec.name}") as on_record:
+        result = launch(spec, resume=resume, on_record=on_record, on_prepare=on_prepare)
+    shown = "  ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
+    out.print(f"{spec.name}: {result.step} steps, {result.tokens:,} tokens  {shown}", highlight=False)
+    out.print(f"delta: {result.delta}", highlight=False, soft_wrap=True)

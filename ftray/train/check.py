@@ -1,0 +1,75 @@
+"""`ftray check`: what a run would stumble over, found before any hardware is taken."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ftray.config.recipe import Recipe
+from ftray.core.errors import ConfigError, DataError
+from ftray.core.spec import replace
+from ftray.data.prepare import prepare_local
+from ftray.data.read import Shards
+from ftray.data.source import find_files
+from ftray.model.build import build_structure
+from ftray.model.tokenizer import load_tokenizer
+
+_SAMPLE_BYTES = 256 << 10
+
+
+def check_recipe(recipe: Recipe) -> Iterator[str]:
+    """Check a recipe's model, adapter and rows; yields one line of findings for each.
+
+    The model is built on the meta device and no weight is read; of each source file the first 256 KiB are parsed,
+    rendered and tokenised.
+
+    Raises:
+        FtrayError: one line, for the first thing that would stop the run.
+    """
+    yield _check_model(recipe)
+    for split in ("train", "validation"):
+        if patterns := getattr(recipe.data, split):
+            yield from (_check_file(recipe, split, file) for file in find_files(patterns))
+
+
+def _check_model(recipe: Recipe) -> str:
+    model = build_structure(recipe.model, seed=recipe.seed)
+    recipe.adapt.apply(model, recipe.seed)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    tokens = len(load_tokenizer(recipe.model.tokenizer))
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if tokens > rows:
+        raise ConfigError(
+            f"model.tokenizer_name_or_path: {tokens} tokens, the model has embeddings for {rows}; "
+            "use the model's own tokenizer"
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and recipe.data.max_length > longest:
+        raise ConfigError(
+            f"data.max_length: {recipe.data.max_length} is more than the model's {longest} positions"
+        )
+    return f"model: {total:,} parameters, {trained:,} train ({trained / total:.2%})"
+
+
+def _check_file(recipe: Recipe, split: str, file: Path) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        sample = Path(folder) / file.name
+        with file.open("rb") as source:
+            head = source.read(_SAMPLE_BYTES)
+            sample.write_bytes(head + source.readline())
+        data = replace(replace(recipe.data, "train", [str(sample)]), "cache_dir", folder)
+        try:
+            counts = Shards(prepare_local(data, recipe.model.tokenizer, "train")).manifest["counts"]
+        except DataError as error:
+            raise DataError(str(error).replace(str(sample), str(file))) from None
+    part = "all" if _is_whole(file) else f"the first {_SAMPLE_BYTES >> 10} KiB"
+    quarantined, filtered = sum(counts["quarantined"].values()), sum(counts["filtered"].values())
+    return (
+        f"data.{split}: {file} ({part}): {counts['rows']} rows, {counts['documents']} used, {filtered} filtered, "
+        f"{quarantined} quarantined; {counts['tokens']:,} tokens, {counts['targets']:,} of them targets"
+    )
+
+
+def _is_whole(file: Path) -> bool:
+    """True if the sample that is checked is the whole file."""
+    return file.stat().st_size <= _SAMPLE_BYTES
