@@ -157,11 +157,15 @@ class CompletionBody(_Common):
 def parse(body: bytes, cls: type[Body]) -> Body:
     """A request body. Raises `RequestError` (400) naming the field."""
     try:
-        data = json.loads(body)
+        # `json.loads` would take bytes too, but lets halves of surrogate pairs through.
+        text = body.decode()
+        data = json.loads(text)
     except (ValueError, RecursionError):
         raise RequestError("the body is not JSON; send an object", code="invalid_json") from None
     if not isinstance(data, dict):
         raise RequestError("the body is not a JSON object; send an object", code="invalid_json")
+    if "\\ud" in text.lower():
+        _refuse_half_characters(data)
     for field in data.keys() - cls.model_fields.keys():
         if field in _NO_EFFECT or (field in _NOT_BUILT and _asks_for_nothing(field, data[field])):
             del data[field]
@@ -175,6 +179,17 @@ def parse(body: bytes, cls: type[Body]) -> Body:
         raise _refusal(error) from None
     except RecursionError:
         raise RequestError("the body is nested too deeply", code="invalid_json") from None
+
+
+def _refuse_half_characters(data: dict[str, Any]) -> None:
+    """JSON's escapes can spell half a character, which no tokenizer and no reply can hold."""
+    for field, value in data.items():
+        try:
+            json.dumps([field, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            name = field.encode("utf-8", "replace").decode()
+            message = f"{name}: holds half a surrogate pair; send whole characters"
+            raise RequestError(message, code="invalid_value", param=name) from None
 
 
 def _asks_for_nothing(field: str, value: Any) -> bool:
