@@ -22,6 +22,8 @@ from ftray.data.work import Outcome, Task
 
 # Ray Data's plan holds one entry per block; a corpus of more units puts several in a block.
 _MAX_BLOCKS = 2000
+# The second one warns that progress bars are off, as they were told to be.
+_LOG_LEVELS = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
 
 
 def prepare(
@@ -50,7 +52,8 @@ def _run_on_ray(work: Callable[[Task], Outcome], tasks: Sequence[Task]) -> Itera
 
     # The caller shows progress in source bytes; Ray Data's own bars and plan would be printed over it.
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for name, level in _LOG_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
     items = [{"task": pickle.dumps(task)} for task in tasks]
     source = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
     mapped = source.map_batches(map_tasks, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
