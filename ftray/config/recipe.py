@@ -3,6 +3,7 @@
 model x data(transforms) x adapt x objective x optim x strategy -> one run
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -64,7 +65,7 @@ class DataConfig:
     """What happens to a document of more than `max_length` tokens; both are counted."""
     max_quarantine: float = Field(default=0.01, ge=0, le=1)
     """Fraction of unreadable rows above which preparation stops."""
-    cache_dir: str = "~/.cache/ftray/data"
+    cache_dir: str = Field(default_factory=lambda: str(Path("~/.cache/ftray/data").expanduser()))
     """Where prepared shards are kept."""
 
     def __post_init__(self) -> None:

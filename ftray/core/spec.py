@@ -11,7 +11,7 @@ import functools
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, Union, cast, dataclass_transform, get_args, get_origin
+from typing import Any, TypeVar, Union, cast, dataclass_transform, get_args, get_origin, get_type_hints
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict
@@ -82,7 +82,12 @@ def parse(cls: type[T], data: Any, where: str = "") -> T:
 def dump(obj: Any) -> Any:
     """Plain data (JSON and YAML can hold it) from which `parse` builds an equal object."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        plain = {field.name: dump(getattr(obj, field.name)) for field in dataclasses.fields(obj)}
+        pieces = _piece_fields(type(obj))
+        plain = {
+            field.name: _dump_piece(value) if field.name in pieces else dump(value)
+            for field in dataclasses.fields(obj)
+            for value in [getattr(obj, field.name)]
+        }
         name = catalog.name_of(type(obj))
         return {"type": name, **plain} if name else plain
     if isinstance(obj, Mapping):
@@ -92,13 +97,38 @@ def dump(obj: Any) -> Any:
     return str(obj) if isinstance(obj, Path) else obj
 
 
+def _dump_piece(value: Any) -> Any:
+    """As `dump`, with `type` also for the user's own class, as the path it is imported by."""
+    if isinstance(value, list | tuple):
+        return [_dump_piece(item) for item in value]
+    plain = dump(value)
+    if dataclasses.is_dataclass(value) and "type" not in plain:
+        return {"type": f"{type(value).__module__}:{type(value).__qualname__}", **plain}
+    return plain
+
+
+@functools.cache
+def _piece_fields(cls: Any) -> frozenset[str]:
+    """Names of the fields annotated with `Piece`, alone or in a list."""
+    hints = get_type_hints(cls, include_extras=True)
+    return frozenset(name for name, hint in hints.items() if _is_piece(hint))
+
+
+def _is_piece(hint: Any) -> bool:
+    marks = [getattr(mark, "func", None) for mark in getattr(hint, "__metadata__", ())]
+    return any(getattr(mark, "func", None) is build_piece for mark in marks) or any(
+        _is_piece(inner) for inner in get_args(hint)
+    )
+
+
 def replace(obj: T, path: str, value: Any) -> T:
     """A copy of a spec with the field at a dotted path (`optim.learning_rate`) set, checked again."""
     data = dump(obj)
     set_path(data, path, value)
-    if name := catalog.name_of(type(obj)):
+    cls: Any = type(obj)
+    if name := catalog.name_of(cls):
         assert data.pop("type") == name
-    return parse(type(obj), data, where=path)
+    return cast(T, parse(cls, data, where=path))
 
 
 def set_path(data: dict[str, Any], path: str, value: Any) -> None:
