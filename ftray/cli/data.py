@@ -1,0 +1,181 @@
+"""`ftray data`: prepare a corpus and look at it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ftray.config.recipe import Recipe
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Prepare a corpus and look at it.")
+
+RecipeFile = Annotated[
+    str, typer.Argument(help="Recipe file (YAML); its `data` and `model` sections are used.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, as `section.field=value`.")]
+Files = Annotated[list[str], typer.Argument(help="JSON lines files, folders or globs.")]
+
+
+@app.command()
+def prepare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    local: Annotated[bool, typer.Option(help="In this process, without Ray.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster; default: RAY_ADDRESS, or a local one.")
+    ] = None,
+) -> None:
+    """Clean, tokenise and pack the rows of a recipe into token shards."""
+    from contextlib import nullcontext
+
+    from ftray.cli.screen import bar, out
+
+    spec = _load(recipe, overrides)
+    if local:
+        from ftray.data.prepare import prepare_local as prepare_split
+
+        session: Any = nullcontext()
+    else:
+        from ftray.cluster.ray_session import session as ray_session
+        from ftray.data.ray_prepare import prepare as prepare_split
+
+        session = ray_session(address)
+    with session:
+        for split in ("train", "validation"):
+            if getattr(spec.data, split):
+                with bar(f"prepare {split}") as progress:
+                    folder = prepare_split(spec.data, spec.model.tokenizer, split, progress)
+                _print_counts(folder)
+                out.print(f"{split}: {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(files: Files) -> None:
+    """Show what source files hold: rows by shape, and why rows cannot be used."""
+    from rich.table import Table
+
+    from ftray.cli.screen import bar, out
+    from ftray.data.inspect import inspect_files
+
+    with bar("read") as progress:
+        reports = inspect_files(files, progress)
+    table = Table("file", "MB", "rows", "shapes", "characters per row", "cannot be used", box=None)
+    for report in reports:
+        usable = report.shapes.total()
+        table.add_row(
+            report.file,
+            f"{report.size_bytes / 1e6:.1f}",
+            f"{report.rows:,}",
+            ", ".join(f"{shape} {count:,}" for shape, count in report.shapes.most_common()),
+            f"{report.chars / usable:,.0f}" if usable else "",
+            str(report.bad.total()),
+        )
+    out.print(table)
+    for report in reports:
+        for reason, count in report.bad.most_common(3):
+            where = f"{report.file} (first at line {report.first_bad_line})"
+            out.print(f"{where}: {count:,}x {reason}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def show(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Documents to show.")] = 3,
+    validation: Annotated[bool, typer.Option(help="Of the validation rows.")] = False,
+) -> None:
+    """Print documents token by token: green is what the model learns to produce, dim is context."""
+    from itertools import islice
+
+    from rich.text import Text
+
+    from ftray.cli.screen import bar, out
+    from ftray.data.inspect import documents
+    from ftray.data.prepare import prepare_local
+    from ftray.data.read import Shards
+    from ftray.data.tokenise import tokeniser
+
+    spec = _load(recipe, overrides)
+    with bar("prepare") as progress:
+        folder = prepare_local(
+            spec.data, spec.model.tokenizer, "validation" if validation else "train", progress
+        )
+    backend = tokeniser(spec.model.tokenizer).backend
+    for document in islice(documents(Shards(folder)), rows):
+        text, targets = Text(), sum(document.is_target)
+        for piece, is_target in _runs(document.token_ids, document.is_target):
+            text.append(backend.decode(piece, skip_special_tokens=False), "green" if is_target else "dim")
+        out.rule(f"{len(document.token_ids)} tokens, {targets} targets", align="left")
+        out.print(text, soft_wrap=True)
+
+
+@app.command()
+def stats(folder: Annotated[Path, typer.Argument(help="Folder that `ftray data prepare` printed.")]) -> None:
+    """Numbers of a prepared data set: rows, filtered, quarantined, tokens, lengths."""
+    import numpy as np
+
+    from ftray.cli.screen import out
+    from ftray.data.inspect import document_lens
+
+    lens = document_lens(folder)
+    _print_counts(folder)
+    if len(lens):
+        marks = np.percentile(lens, [0, 50, 90, 99, 100]).astype(int).tolist()
+        names = ("shortest", "median", "90 %", "99 %", "longest")
+        shown = ", ".join(f"{name} {mark:,}" for name, mark in zip(names, marks, strict=True))
+        out.print(f"tokens per document: {shown}", highlight=False)
+
+
+@app.command()
+def tokenizer(
+    files: Files,
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    vocab_size: Annotated[int, typer.Option(min=258, help="Tokens.")] = 4096,
+) -> None:
+    """Train a byte-level BPE tokenizer with a chat template on the text of some rows."""
+    from ftray.cli.screen import bar
+    from ftray.cli.screen import out as screen
+    from ftray.data.train_tokenizer import train_tokenizer
+
+    with bar("train tokenizer") as progress:
+        train_tokenizer(files, out, vocab_size, progress)
+    screen.print(f"tokenizer: {out}", highlight=False, soft_wrap=True)
+
+
+def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
+    from ftray.config.load import load
+    from ftray.config.recipe import Recipe
+
+    return load(Recipe, recipe, overrides or [])
+
+
+def _print_counts(folder: Path) -> None:
+    from rich.table import Table
+
+    from ftray.cli.screen import out
+    from ftray.data.prepare import QUARANTINE
+    from ftray.data.read import read_manifest
+
+    manifest = read_manifest(folder)
+    counts = manifest["counts"]
+    table = Table(box=None, show_header=False)
+    for name in ("rows", "documents", "split_documents", "packed_rows", "tokens", "targets"):
+        table.add_row(name.replace("_", " "), f"{counts[name]:,}")
+    full = counts["tokens"] / max(1, counts["packed_rows"] * manifest["max_length"])
+    table.add_row("rows filled", f"{full:.2%}")
+    for rule, count in counts["filtered"].items():
+        table.add_row(f"filtered by {rule}", f"{count:,}")
+    for reason, count in counts["quarantined"].items():
+        table.add_row(f"quarantined: {reason}", f"{count:,}")
+    out.print(table, highlight=False)
+    if counts["quarantined"]:
+        out.print(f"quarantined rows: {folder / QUARANTINE}", highlight=False, soft_wrap=True)
+
+
+def _runs(token_ids: list[int], is_target: list[bool]) -> list[tuple[list[int], bool]]:
+    """Tokens in runs of targets and of context."""
+    from itertools import groupby
+
+    pairs = groupby(zip(token_ids, is_target, strict=True), key=lambda pair: pair[1])
+    return [([token for token, _ in group], target) for target, group in pairs]

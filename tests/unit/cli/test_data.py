@@ -1,0 +1,74 @@
+"""`ftray data`: the verbs print what is in a corpus, in this process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from ftray.cli.data import app
+from ftray.core.errors import DataError
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_base: Path) -> Path:
+    rows = [
+        {"messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "yes"}]}
+        for i in range(30)
+    ]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*lines, "{broken"]))
+    (tmp_path / "validation.jsonl").write_text(lines[0])
+    data = {
+        "train": str(tmp_path / "rows.jsonl"),
+        "validation": str(tmp_path / "validation.jsonl"),
+        "max_length": 64,
+        "max_quarantine": 0.05,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    pieces = {"adapt": "lora", "objective": "sft", "optim": "adamw", "lr_scheduler": "linear"}
+    content: dict[str, Any] = {"name": "r", "model": {"model_name_or_path": str(tiny_base)}, "data": data}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**content, **pieces, "strategy": "single", "train": {"max_steps": 1}}))
+    return path
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "300"})
+    if result.exception:
+        raise result.exception
+    return result.output
+
+
+def test_prepare_and_stats(recipe: Path) -> None:
+    shown = run("prepare", str(recipe), "--local")
+    assert "quarantined: not JSON: Expecting property name" in shown
+    assert shown.count("rows filled") == 2
+    [folder] = (recipe.parent / "cache").glob("train-*")
+    assert str(folder) in shown
+    stats = run("stats", str(folder))
+    assert "tokens per document: shortest 25, median 26" in stats
+    assert "quarantined rows: " in stats
+
+
+def test_inspect(recipe: Path) -> None:
+    shown = run("inspect", str(recipe.parent / "rows.jsonl"))
+    assert "messages 30" in shown
+    assert "(first at line 31): 1x not JSON" in shown
+
+
+def test_show(recipe: Path) -> None:
+    shown = run("show", str(recipe), "data.packing=false", "--rows", "1")
+    assert "# Answer: yes<|end|>" in shown
+    assert " tokens, 5 targets" in shown
+
+
+def test_tokenizer(recipe: Path) -> None:
+    folder = recipe.parent / "tokenizer"
+    arguments = ["tokenizer", str(recipe.parent / "rows.jsonl"), "--out", str(folder), "--vocab-size", "270"]
+    assert str(folder) in run(*arguments)
+    assert (folder / "tokenizer.json").is_file()
+    with pytest.raises(DataError, match="is there already"):
+        run(*arguments)
