@@ -24,7 +24,9 @@ class EvalConfig:
     metric: Annotated[Any, Piece("metric")] = Field(default="exact_match", validate_default=True)
     """How an answer is scored."""
     rank_answers: bool = True
-    """Also let each model rank the allowed answers by log-probability."""
+    """Also let the base rank the allowed answers by log-probability."""
+    max_answers: int = Field(default=64, ge=2)
+    """Most allowed answers that are ranked; with more there is no ranking, and the report says so."""
     max_rows: int | None = Field(default=None, ge=1)
     """Rows used; null: all."""
     max_tokens: int = Field(default=32, ge=1)
