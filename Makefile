@@ -1,0 +1,42 @@
+# make quickstart   raw text to a live two-tenant endpoint, on this machine
+# make test         lint, types and the test suite
+# make test-all     also the long campaigns
+# make PYTHON=python3.12 …   with another Python (3.11 or newer)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+export PIP_REQUIRE_VIRTUALENV := true
+
+.PHONY: quickstart test test-all lint venv clean
+.DEFAULT_GOAL := quickstart
+
+quickstart: venv
+	$(BIN)/ftray quickstart $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+venv: $(INSTALLED)
+
+# Everything is pinned, the build tools too, so that nothing is fetched once this is done.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is missing or older than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) pip setuptools wheel
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
