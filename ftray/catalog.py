@@ -79,17 +79,23 @@ def resolve(kind: str, name: str) -> Any:
         target = name
     module, _, attribute = target.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{target!r} cannot be imported as a {kind}: {error}") from error
+    if target == name:
+        _USERS_OWN[found] = name
+    return found
+
+
+def name_of(cls: type) -> str | None:
+    """The catalog name of a class, the `module:attr` path by which it was resolved, or None."""
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    return _names_by_path().get(path) or _USERS_OWN.get(cls)
 
 
 @functools.cache
-def name_of(cls: type) -> str | None:
-    """The catalog name of a class, its `module:attr` path if it was resolved by one, or None."""
-    path = f"{cls.__module__}:{cls.__qualname__}"
-    for table in METHODS.values():
-        for name, target in table.items():
-            if target == path:
-                return name
-    return path if getattr(cls, "__ftray_piece__", False) else None
+def _names_by_path() -> dict[str, str]:
+    return {target: name for table in METHODS.values() for name, target in table.items()}
+
+
+_USERS_OWN: dict[type, str] = {}

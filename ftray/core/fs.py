@@ -5,13 +5,15 @@ and a power cut on a POSIX file system; a plain copy into the final name tears.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
@@ -116,3 +118,27 @@ def verify_tree(folder: Path, digests: dict[str, str], error: type[FtrayError] =
             raise error(f"{path}: missing, though the manifest names it; restore it or delete {folder}")
         if digest_file(path) != digest:
             raise error(f"{path}: its content is not what was committed; restore it or delete {folder}")
+
+
+def lock_file(path: Path, wait_s: float) -> IO[bytes] | None:
+    """Hold an exclusive lock until the returned file is closed, or until this process ends in any way.
+
+    Args:
+        path: the lock's file; made when needed and left behind.
+        wait_s: how long to wait for another process to let go.
+
+    Returns:
+        The open file, or None if another process held the lock all the while.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("ab")
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                return None
+            time.sleep(0.1)

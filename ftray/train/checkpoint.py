@@ -41,6 +41,8 @@ class State:
     """Seconds of training so far, over all resumptions."""
     bf16: bool | None = None
     """Precision chosen when the run began; kept when it goes on."""
+    loss: float | None = None
+    """Loss of the last step."""
 
 
 def run_identity(recipe: Recipe, data_digest: str) -> dict[str, str]:

@@ -5,13 +5,18 @@ The loop is the same in a notebook, a test and a Ray Train worker; only its `IO`
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO as File
 from typing import Any, Protocol
 
 from ftray.config.load import write_resolved
 from ftray.config.recipe import Recipe
+from ftray.core.errors import TrainError
+from ftray.core.fs import lock_file
 from ftray.train.track import Sinks
 
 Record = dict[str, Any]
+
+_CLAIM_WAIT_S = 30.0
 
 
 class IO(Protocol):
@@ -23,6 +28,10 @@ class IO(Protocol):
         """Folders of the prepared training and validation shards."""
         ...
 
+    def claim(self) -> None:
+        """Make the run folder this process's own; called on rank 0 before anything in it is read."""
+        ...
+
     def open(self, recipe: Recipe, from_step: int) -> None:
         """Begin writing on rank 0; records after `from_step` of an earlier life are dropped."""
         ...
@@ -31,8 +40,8 @@ class IO(Protocol):
         """Write one record of metrics; nothing on ranks that did not `open`."""
         ...
 
-    def committed(self, checkpoint: Path, record: Record) -> None:
-        """A checkpoint is durable. Called on every rank."""
+    def committed(self, record: Record) -> None:
+        """A checkpoint is durable; `record` holds the last step's metrics. Called on every rank."""
         ...
 
     def close(self) -> None:
@@ -52,6 +61,7 @@ class LocalIO:
         self.run_dir = Path(run_dir)
         self._on_record = on_record
         self._sinks: Sinks | None = None
+        self._lock: File[bytes] | None = None
 
     def prepare(self, recipe: Recipe) -> tuple[Path, Path | None]:
         """Prepare in this process, or find what is prepared."""
@@ -62,6 +72,16 @@ class LocalIO:
         if recipe.data.validation:
             validation = prepare_local(recipe.data, recipe.model.tokenizer, "validation")
         return train, validation
+
+    def claim(self) -> None:
+        """Lock the folder; the workers of a killed driver may still hold it for a moment.
+
+        Raises:
+            TrainError: if another process goes on training there.
+        """
+        self._lock = lock_file(self.run_dir / ".lock", _CLAIM_WAIT_S)
+        if self._lock is None:
+            raise TrainError(f"{self.run_dir}: another process trains here; stop it, or use another `name`")
 
     def open(self, recipe: Recipe, from_step: int) -> None:
         """Write the resolved recipe and open the trackers."""
@@ -76,11 +96,14 @@ class LocalIO:
             if self._on_record is not None:
                 self._on_record(record)
 
-    def committed(self, checkpoint: Path, record: Record) -> None:
+    def committed(self, record: Record) -> None:
         """Nobody else to tell."""
 
     def close(self) -> None:
-        """Close the trackers."""
+        """Close the trackers and let the folder go."""
         if self._sinks is not None:
             self._sinks.close()
             self._sinks = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

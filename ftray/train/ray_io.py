@@ -28,7 +28,7 @@ class RayIO(LocalIO):
         """What the driver prepared with Ray Data."""
         return self._shards
 
-    def committed(self, checkpoint: Path, record: Record) -> None:
+    def committed(self, record: Record) -> None:
         """Report the metrics; the checkpoint itself is our own transaction and needs no copy by Ray."""
         metrics: dict[str, Any] = {key: value for key, value in record.items() if value is not None}
         ray.train.report(metrics)

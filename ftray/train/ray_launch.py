@@ -11,10 +11,12 @@ from ftray.cluster.ray_session import session
 from ftray.config.recipe import Recipe
 from ftray.core.errors import CheckpointError, FtrayError, TrainError
 from ftray.core.fs import read_json
+from ftray.core.spec import dump, parse
 from ftray.core.types import Progress, no_progress
 from ftray.train.io import LocalIO, Record
+from ftray.train.run import Result
 from ftray.train.track.jsonl import FILE, read_records
-from ftray.train.worker import Result, train
+from ftray.train.worker import train
 
 _POLL_S = 0.5
 _RAY_SETTINGS = {
@@ -60,7 +62,6 @@ def launch(
 def _launch_workers(
     recipe: Recipe, run_dir: Path, on_record: Callable[[Record], None] | None, on_prepare: Progress
 ) -> Result:
-    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -78,7 +79,7 @@ def _launch_workers(
     run_dir.mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"recipe": ray.put(recipe), "run_dir": str(run_dir), "shards": shards},
+        train_loop_config={"recipe": dump(recipe), "run_dir": str(run_dir), "shards": shards},
         scaling_config=ScalingConfig(
             num_workers=strategy.num_workers,
             resources_per_worker={"CPU": strategy.cpus_per_worker},
@@ -101,13 +102,12 @@ def _launch_workers(
 
 def _worker(config: dict[str, Any]) -> None:
     """Body of one Ray Train worker: the same `train` as everywhere."""
-    import ray
     import torch
 
     from ftray.train.ray_io import RayIO
 
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    train(ray.get(config["recipe"]), RayIO(Path(config["run_dir"]), config["shards"]))
+    train(parse(Recipe, config["recipe"]), RayIO(Path(config["run_dir"]), config["shards"]))
 
 
 def _ours(error: BaseException) -> FtrayError:

@@ -8,7 +8,8 @@ from ftray.config.recipe import Recipe
 from ftray.testing.ranks import on_ranks
 from ftray.train.io import LocalIO
 from ftray.train.track.jsonl import read_records
-from ftray.train.worker import Result, train
+from ftray.train.run import Result
+from ftray.train.worker import train
 from tests.recipes import MakeRecipe
 
 

@@ -1,0 +1,122 @@
+"""A run under way: its parts, where it stands, and what it leaves behind."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftray.config.recipe import Recipe
+from ftray.core.fs import write_json
+from ftray.core.spec import dump
+from ftray.optim.first_order import FirstOrder, StepReport
+from ftray.train.checkpoint import Checkpoints, State
+from ftray.train.clock import Clock
+from ftray.train.delta import save_delta
+from ftray.train.feed import Feed
+from ftray.train.io import IO
+from ftray.train.plot import plot_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run left behind."""
+
+    run_dir: Path
+    checkpoint: Path | None
+    """Newest committed checkpoint."""
+    delta: Path | None
+    """Folder of the trained delta."""
+    metrics: dict[str, float]
+    """Last `loss`, and `eval_loss` where there are validation rows."""
+    step: int
+    """Optimiser steps done."""
+    tokens: int
+    """Tokens seen over all ranks."""
+
+
+@dataclasses.dataclass
+class Run:
+    """The parts of a run. Only `state` and `record` change."""
+
+    recipe: Recipe
+    io: IO
+    feed: Feed
+    engine: FirstOrder
+    checkpoints: Checkpoints
+    clock: Clock
+    state: State
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Metrics of the last step."""
+
+    def advance(self, report: StepReport, rate: float) -> float:
+        """Count one optimiser step; returns the run's progress."""
+        state, elapsed_s = self.state, self.clock.elapsed_s
+        self.state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            tokens=state.tokens + report.tokens,
+            elapsed_s=elapsed_s,
+            loss=report.loss,
+        )
+        progress = self.clock.progress(self.state.step)
+        terms = {f"loss/{name}": value for name, value in report.terms.items() if len(report.terms) > 1}
+        self.record = {
+            "step": self.state.step,
+            "loss": report.loss,
+            **terms,
+            "grad_norm": report.grad_norm,
+            "learning_rate": rate,
+            "skipped": int(not report.applied),
+            "epoch": self.feed.order.epoch(self.state.step),
+            "tokens": self.state.tokens,
+            "tokens_per_s": self.state.tokens / max(elapsed_s, 1e-9),
+            "elapsed_s": elapsed_s,
+            "progress": progress,
+        }
+        return progress
+
+    def log(self) -> None:
+        """Write the last step's record."""
+        self.io.log(self.record)
+
+    def validate(self) -> dict[str, float]:
+        """Loss over all validation rows, the same on every rank; empty without them."""
+        batches = self.feed.validation_batches()
+        if not batches:
+            return {}
+        model = self.engine.policy.model.eval()
+        sums, weights = self.engine.evaluate(batches)
+        model.train()
+        totals = self.recipe.strategy.sum(torch.cat([sums, weights]))
+        half = len(sums)
+        metrics = {"eval_loss": float((totals[:half] / totals[half:]).sum())}
+        self.record |= metrics
+        return metrics
+
+    def commit(self) -> Path | None:
+        """Write a checkpoint on rank 0 and tell every rank's surroundings; returns its folder on rank 0."""
+        strategy, path = self.recipe.strategy, None
+        if strategy.dp_rank == 0:
+            engine = self.engine
+            path = self.checkpoints.commit(self.state, engine.parameters, engine.optimizers, strategy.dp_size)
+        strategy.barrier()
+        self.io.committed(self.record)
+        return path
+
+    def finish(self) -> Result:
+        """Validate, commit the last checkpoint, save the delta and the picture."""
+        state, run_dir = self.state, self.io.run_dir
+        metrics = {} if state.loss is None else {"loss": state.loss}
+        metrics |= self.validate()
+        self.io.log({"step": state.step, "progress": self.clock.progress(state.step), **metrics})
+        checkpoint, delta = self.commit(), None
+        if self.recipe.strategy.dp_rank == 0:
+            delta = save_delta(self.recipe, self.engine.policy.model, run_dir, self.feed, metrics, state)
+            self.io.close()
+            plot_run(run_dir)
+        result = Result(run_dir, checkpoint, delta, metrics, state.step, state.tokens)
+        if self.recipe.strategy.dp_rank == 0:
+            write_json(run_dir / "result.json", dump(result))
+        self.recipe.strategy.barrier()
+        return result
