@@ -47,6 +47,8 @@ class ServeConfig:
     """Copies of the engine."""
     tenants: list[TenantConfig] = Field(default_factory=list)
     """Who may ask; empty: anyone who reaches the address (loopback only)."""
+    max_queued_requests: int = Field(default=128, ge=0)
+    """Requests that wait in each engine beyond those that run; more are answered 429 with `Retry-After`."""
     request_timeout_s: float = Field(default=300.0, gt=0)
     """Longest time one request may take."""
 

@@ -168,6 +168,11 @@ class Engine(Protocol):
 class EngineConfig(Protocol):
     """Settings of an engine, from the catalog kind `engine`."""
 
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests that run at once."""
+        ...
+
     def build(self, base: str) -> Engine:
         """Load a base model folder and return an engine over it."""
         ...

@@ -116,6 +116,7 @@ class _Endpoint:
 
     async def health(self) -> Response:
         """200 while the engine answers."""
+        await self._backend.stats()
         info = await self._backend.info()
         return JSONResponse({"status": "ok", "engine": info.engine})
 

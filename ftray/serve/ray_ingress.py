@@ -1,0 +1,96 @@
+"""The deployment that speaks HTTP and hands requests to the engine replicas."""
+
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from ftray.config.serve import ServeConfig
+from ftray.engine.api import EngineInfo, EngineStats, Output, Request
+from ftray.serve.backend import ServedModel, Unavailable
+from ftray.serve.http import create_app
+from ftray.serve.prompts import Prompts
+from ftray.serve.ray_replica import MAX_ONGOING, Gone, Refused
+from ftray.serve.tenants import Access
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 2
+
+
+class RayBackend:
+    """A `Backend` over a deployment handle."""
+
+    def __init__(self, engine: "DeploymentHandle[Any]") -> None:
+        self._engine = engine
+        self._info: EngineInfo | None = None
+
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        """See `Backend.generate`. A request whose replica dies before its first token is tried once more."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            started = False
+            items: Any = self._engine.options(stream=True).generate.remote(request)
+            try:
+                async for item in items:
+                    if isinstance(item, Refused):
+                        raise item.error()
+                    if isinstance(item, Gone):
+                        raise Unavailable("the engine has stopped")
+                    started = True
+                    yield item
+                return
+            except (RayError, RayServeException, Unavailable) as error:
+                if started or attempt == _ATTEMPTS:
+                    raise Unavailable("the engine went away") from error
+                logger.warning("a replica went away before the first token; trying another")
+            finally:
+                items.cancel()
+
+    async def info(self) -> EngineInfo:
+        """See `Backend.info`; asked once, all replicas being alike."""
+        if self._info is None:
+            self._info = await self._call("info")
+        return self._info
+
+    async def stats(self) -> EngineStats:
+        """See `Backend.stats`; of one replica."""
+        stats: EngineStats = await self._call("stats")
+        return stats
+
+    async def _call(self, method: str) -> Any:
+        try:
+            return await getattr(self._engine, method).remote()
+        except (RayError, RayServeException) as error:
+            raise Unavailable("the engine does not answer") from error
+
+
+@serve.deployment(
+    name="http",
+    max_ongoing_requests=MAX_ONGOING,
+    ray_actor_options={"num_cpus": 0},
+    graceful_shutdown_timeout_s=5,
+    graceful_shutdown_wait_loop_s=0.2,
+)
+@serve.ingress()
+class Ingress:
+    """The HTTP API in front of the engine replicas; holds the tokenizer, not the model."""
+
+    def __init__(
+        self, config: ServeConfig, models: Sequence[ServedModel], engine: "DeploymentHandle[Any]"
+    ) -> None:
+        self._app = create_app(
+            models,
+            Prompts(config.engine.load_tokenizer(config.base)),
+            RayBackend(engine),
+            Access(config.tenants, models),
+            request_timeout_s=config.request_timeout_s,
+        )
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Called by Ray Serve after the constructor."""
+        return self._app

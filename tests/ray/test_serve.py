@@ -1,0 +1,252 @@
+"""The whole endpoint: Ray Serve, HTTP, engine and deltas, asked by OpenAI's own client."""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from ftray.config.load import write_resolved
+from ftray.config.serve import ServeConfig
+from ftray.core.errors import DeltaError
+from ftray.core.spec import parse, replace
+from ftray.delta import manifest
+from ftray.engine.api import Request, Sampling
+from ftray.engine.core import StepEngine
+from ftray.engine.torch_engine import TorchEngineConfig
+from ftray.model.identity import base_identity
+from ftray.model.tokenizer import chat_template_hash, load_tokenizer
+from ftray.registry.local import Registry
+from ftray.testing import tiny
+
+pytestmark = pytest.mark.ray
+
+ASK: list[Any] = [{"role": "user", "content": "What is this?"}]
+KEY = "ann-key"
+
+
+def _publish(base: Path, adapters: dict[str, Path], root: Path) -> Registry:
+    registry = Registry(root)
+    template = chat_template_hash(load_tokenizer(base))
+    for name, folder in adapters.items():
+        if not (folder / manifest.MANIFEST).exists():
+            manifest.write(folder, kind="low_rank", base=base_identity(base), chat_template_hash=template)
+        registry.publish(folder, name)
+    return registry
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base that takes long sequences, so that an answer can last for seconds."""
+    return tiny.tiny_base(tmp_path_factory.mktemp("base") / "long", max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    return {name: tiny.random_adapter(base, root / name, r=r, seed=r) for name, r in (("a", 4), ("b", 8))}
+
+
+@pytest.fixture(scope="module")
+def config(base: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
+    registry = _publish(base, adapters, tmp_path_factory.mktemp("registry"))
+    key = hashlib.sha256(KEY.encode()).hexdigest()
+    settings = {
+        "base": str(base),
+        "registry": str(registry.root),
+        "deltas": ["a", "b"],
+        "port": 0,
+        "tenants": [
+            {"name": "all", "key_sha256": hashlib.sha256(b"all").hexdigest(), "deltas": ["a", "b"]},
+            {"name": "ann", "key_sha256": key, "deltas": ["a"]},
+        ],
+    }
+    return parse(ServeConfig, settings)
+
+
+@pytest.fixture(scope="module")
+def handle(ray_cluster: None, config: ServeConfig) -> Iterator[Any]:
+    from ftray.serve.ray_app import run
+
+    handle = run(config)
+    yield handle
+    handle.stop()
+
+
+@pytest.fixture(scope="module")
+def client(handle: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{handle.url}/v1", api_key="all", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def engine(base: Path, adapters: dict[str, Path]) -> StepEngine:
+    """The same engine outside Ray."""
+    engine = TorchEngineConfig().build(str(base))
+    for name, folder in adapters.items():
+        engine.load_delta(name, str(folder))
+    return engine
+
+
+@pytest.fixture(scope="module")
+def endless(engine: StepEngine) -> list[int]:
+    """A prompt whose greedy continuation runs in circles and never ends."""
+    sampling = Sampling(max_tokens=400)
+    requests = [Request(id=str(n), prompt_ids=[n], sampling=sampling) for n in range(40, 56)]
+    outputs = engine.generate(requests)
+    return next([int(output.id)] for output in outputs if output.finish_reason == "length")
+
+
+@pytest.fixture(scope="module")
+def expected(engine: StepEngine) -> dict[str, str]:
+    """What it says to one request at a time."""
+    ids = engine.tokenizer.apply_chat_template(ASK, add_generation_prompt=True, return_dict=False)
+    sampling = Sampling(max_tokens=24)
+    return {
+        name: engine.generate([Request(id="x", prompt_ids=ids, delta=delta, sampling=sampling)])[0].text
+        for name, delta in (("base", None), ("a", "a"), ("b", "b"))
+    }
+
+
+def ask(client: openai.OpenAI, model: str, **settings: Any) -> str:
+    fields: dict[str, Any] = {"temperature": 0, "max_tokens": 24} | settings
+    reply = client.chat.completions.create(model=model, messages=ASK, **fields)
+    if fields.get("stream"):
+        return "".join(chunk.choices[0].delta.content or "" for chunk in reply)
+    return reply.choices[0].message.content or ""
+
+
+def test_models_are_listed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list().data] == ["base", "a", "b"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_base_and_both_deltas_at_once(client: openai.OpenAI, expected: dict[str, str], stream: bool) -> None:
+    assert len(set(expected.values())) == 3
+    models = ["base", "a", "b"] * 4
+    with concurrent.futures.ThreadPoolExecutor(len(models)) as pool:
+        answers = list(pool.map(lambda model: ask(client, model, stream=stream), models))
+    assert answers == [expected[model] for model in models]
+
+
+def test_the_digest_is_named(client: openai.OpenAI, config: ServeConfig) -> None:
+    entry = Registry(config.registry).show("a")
+    raw = client.chat.completions.with_raw_response.create(model="a@1", messages=ASK, max_tokens=2)
+    assert raw.headers["x-ftray-digest"] == raw.parse().system_fingerprint == entry.digest
+
+
+def test_unknown_model_and_bad_bodies(client: openai.OpenAI, handle: Any) -> None:
+    with pytest.raises(openai.NotFoundError):
+        ask(client, "nobody")
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        client.chat.completions.create(
+            model="a", messages=ASK, tools=[{"type": "function", "function": {"name": "f"}}]
+        )
+    headers = {"authorization": "Bearer all"}
+    assert httpx.post(f"{handle.url}/v1/completions", content=b"{", headers=headers).status_code == 400
+
+
+def test_a_prompt_that_is_too_long_is_refused_by_the_engine(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="4096"):
+        client.completions.create(model="a", prompt="x" * 4100)
+
+
+def test_tenants_see_their_own(client: openai.OpenAI, handle: Any) -> None:
+    ann = openai.OpenAI(base_url=f"{handle.url}/v1", api_key=KEY, max_retries=0)
+    assert [model.id for model in ann.models.list().data] == ["base", "a"]
+    with pytest.raises(openai.NotFoundError):
+        ask(ann, "b")
+    with pytest.raises(openai.AuthenticationError):
+        ask(openai.OpenAI(base_url=f"{handle.url}/v1", api_key="wrong", max_retries=0), "a")
+    assert httpx.get(f"{handle.url}/healthz").status_code == 200
+    assert httpx.get(f"{handle.url}/metrics").status_code == 401
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks(handle: Any, endless: list[int], stream: bool) -> None:
+    headers = {"authorization": "Bearer all"}
+    body = {"model": "base", "prompt": endless, "max_tokens": 4000, "stream": stream, "temperature": 0}
+    url = f"{handle.url}/v1/completions"
+
+    def blocks() -> float:
+        text = httpx.get(f"{handle.url}/metrics", headers=headers).text
+        return float(text.partition("\nftray_engine_blocks_used ")[2].split()[0])
+
+    if stream:
+        with httpx.stream("POST", url, json=body, headers=headers) as response:
+            next(response.iter_lines())
+            assert blocks() > 0
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body, headers=headers, timeout=0.5)
+    until = time.monotonic() + 2
+    while blocks():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_delta_of_another_base_or_template_is_refused_before_anything_starts(
+    ray_cluster: None, config: ServeConfig, base: Path, tmp_path: Path
+) -> None:
+    from ftray.serve.ray_app import run
+
+    other = tiny.tiny_base(tmp_path / "other", seed=9)
+    for name, identity, template in (
+        ("foreign", base_identity(other), chat_template_hash(load_tokenizer(other))),
+        ("template", base_identity(base), "xxh3:" + "1" * 32),
+    ):
+        folder = tiny.random_adapter(other, tmp_path / name)
+        manifest.write(folder, kind="low_rank", base=identity, chat_template_hash=template)
+        Registry(config.registry).publish(folder, name)
+        with pytest.raises(DeltaError) as caught:
+            run(replace(replace(config, "tenants", []), "deltas", [name]))
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_command_serves_until_told_to_stop_and_leaves_no_process(
+    config: ServeConfig, expected: dict[str, str], tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    file = tmp_path / "serve.yaml"
+    write_resolved(replace(config, "tenants", []), file)
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ftray.cli.main", "serve", str(file), f"port={port}", "deltas=[b]"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+    try:
+        assert process.stdout is not None
+        shown = [next(process.stdout) for _ in range(5)]
+        assert f"serving at http://127.0.0.1:{port}/v1" in shown[0], shown
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
+        assert ask(client, "b") == expected["b"]
+        curl = next(line for line in shown if "chat/completions" in line)
+        reply = json.loads(subprocess.run(curl, shell=True, capture_output=True, check=True).stdout)
+        assert reply["object"] == "chat.completion"
+        mine = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0, process.stdout.read()
+        _, alive = psutil.wait_procs(mine[1:], timeout=5)
+        assert len(mine) > 3 and not alive
+        rest = process.stdout.read()
+        assert "Traceback" not in rest
+    finally:
+        process.kill()
+        process.wait()
