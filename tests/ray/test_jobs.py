@@ -13,14 +13,17 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
+from ftray.config.load import write_resolved
+from ftray.config.recipe import Recipe
 from ftray.core.errors import ClusterError
+from ftray.core.spec import replace
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -44,9 +47,11 @@ class Cluster:
     token: str
     env: dict[str, str]
 
-    def ftray(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def ftray(self, *words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
         command = [str(BIN / "ftray"), *words, "--address", self.address]
-        return subprocess.run(command, env=self.env | env, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            command, cwd=cwd, env=self.env | env, capture_output=True, text=True, timeout=120
+        )
 
 
 def _free_ports(number: int) -> list[int]:
@@ -185,6 +190,31 @@ def test_a_job_sees_both_nodes_and_its_files(
     with urllib.request.urlopen(request, timeout=10) as answer:
         assert cluster.token not in answer.read().decode()
     assert cluster.token not in "".join(shown)
+
+
+def test_a_recipe_trains_on_the_cluster_with_what_it_names(
+    cluster: Cluster,
+    tmp_path: Path,
+    tiny_base: Path,
+    corpus: dict[str, Path],
+    make_recipe: Callable[..., Recipe],
+) -> None:
+    project, shared = tmp_path / "project", tmp_path / "shared"
+    shutil.copytree(tiny_base, project / "base")
+    shutil.copy(corpus["train"], project / "rows.jsonl")
+    recipe = make_recipe(
+        "submitted", output_dir=str(shared), train__max_steps=2, model__model_name_or_path="base"
+    )
+    write_resolved(replace(recipe, "data.train", ["rows.jsonl"]), project / "recipe.yaml")
+    (project / "job.yaml").write_text("name: sft\nverb: run\nconfig: recipe.yaml\narguments: [--resume]\n")
+
+    done = cluster.ftray("submit", "job.yaml", "data.validation=[]", "--wait", cwd=project)
+    assert done.returncode == 2 and "unknown key" in done.stderr  # an override is of the file that is named
+    done = cluster.ftray("submit", "job.yaml", "--wait", cwd=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (shared / "submitted" / "delta" / "adapter_model.safetensors").is_file()
+    wrong = cluster.ftray("submit", "recipe.yaml", "train.max_stepz=3", cwd=project)
+    assert wrong.returncode == 2 and "did you mean `max_steps`?" in wrong.stderr
 
 
 def test_a_running_job_is_stopped_and_a_failed_one_says_so(
