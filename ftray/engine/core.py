@@ -81,6 +81,7 @@ class StepEngine:
         self._runner = runner
         self._eos = frozenset(eos_ids)
         self._slots: dict[str, _Slot] = {}
+        self._keys: dict[int, str | None] = {0: None}
         self._orders = itertools.count(1)
         self._streams: dict[str, _Stream] = {}
 
@@ -120,6 +121,7 @@ class StepEngine:
         slot = _Slot(order, f"slot{order}")
         self._runner.load(slot.key, folder)
         self._slots[name] = slot
+        self._keys[order] = slot.key
 
     def unload_delta(self, name: str) -> None:
         """See `Engine.unload_delta`."""
@@ -127,7 +129,9 @@ class StepEngine:
             raise DeltaError(f"{name}: not loaded; loaded are: {', '.join(self._slots) or 'none'}")
         if any(seq.request.delta == name for seq in self.scheduler.sequences()):
             raise DeltaError(f"{name}: requests under it are in flight; wait for them or cancel them")
-        self._runner.unload(self._slots.pop(name).key)
+        slot = self._slots.pop(name)
+        del self._keys[slot.order]
+        self._runner.unload(slot.key)
 
     def deltas(self) -> list[str]:
         """See `Engine.deltas`."""
@@ -201,8 +205,7 @@ class StepEngine:
                 self._drop(row.seq)
 
     def _forward(self, rows: list[Row], keep: list[int]) -> torch.Tensor:
-        names = {slot.order: slot.key for slot in self._slots.values()}
-        logits = self._runner.forward(rows, [names.get(row.seq.slot) for row in rows], keep)
+        logits = self._runner.forward(rows, [self._keys[row.seq.slot] for row in rows], keep)
         self.scheduler.advance(rows)
         return logits
 

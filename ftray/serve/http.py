@@ -195,13 +195,14 @@ class _Endpoint:
     ) -> AsyncGenerator[api.Output, None]:
         """The backend's outputs, counted, within the time limit."""
         tokens, first = self._metrics.tokens, True
+        deadline = asyncio.get_running_loop().time() + arrived + self._timeout_s - time.monotonic()
         outputs = self._backend.generate(inner)
         self._metrics.in_flight.inc()
         try:
             while True:
-                left = arrived + self._timeout_s - time.monotonic()
                 try:
-                    output = await asyncio.wait_for(anext(outputs), max(left, 0.001))
+                    async with asyncio.timeout_at(deadline):
+                        output = await anext(outputs)
                 except StopAsyncIteration:
                     return
                 except TimeoutError:

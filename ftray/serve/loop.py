@@ -69,6 +69,8 @@ class EngineLoop:
 
     async def stats(self) -> EngineStats:
         """See `Backend.stats`."""
+        if not self.healthy:
+            raise Unavailable("the engine has stopped or fails at every step")
         return await self.call(lambda engine: engine.stats())
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
@@ -91,8 +93,8 @@ class EngineLoop:
                 yield item
         finally:
             self._streams.pop(request.id, None)
-            if not finished:
-                self._post(lambda: self._engine.cancel(request.id))
+            # Also after its end: a failed step ends requests that the engine is yet to see.
+            self._post(lambda: self._engine.cancel(request.id))
 
     async def call(self, function: Callable[[Engine], T]) -> T:
         """Run a function on the engine between two steps and return its result."""

@@ -2,10 +2,13 @@
 
 import itertools
 
+from pathlib import Path
+
 import pytest
 
 from ftray.engine.fake import ByteTokenizer
 from ftray.engine.text import Detokeniser, StopStrings
+from ftray.model.tokenizer import load_tokenizer
 
 TEXTS = ["plain", "naïve café", "🙂🙃", "👩‍👩‍👧 family", "日本語", "a\u0301 combining", "x" * 100 + "🙂" * 40]
 
@@ -14,6 +17,17 @@ TEXTS = ["plain", "naïve café", "🙂🙃", "👩‍👩‍👧 family", "日�
 def test_increments_join_to_the_text_and_hold_no_broken_character(text: str) -> None:
     detokeniser = Detokeniser(ByteTokenizer())
     parts = [detokeniser.feed([byte]) for byte in text.encode()]
+    assert "".join(parts) + detokeniser.finish() == text
+    assert not any("�" in part for part in parts)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_same_through_a_tokenizer_of_transformers(tiny_base: Path, text: str, size: int) -> None:
+    tokenizer = load_tokenizer(tiny_base)
+    ids = tokenizer.encode(text)
+    detokeniser = Detokeniser(tokenizer, tokenizer.encode("before it"))
+    parts = [detokeniser.feed(ids[at : at + size]) for at in range(0, len(ids), size)]
     assert "".join(parts) + detokeniser.finish() == text
     assert not any("�" in part for part in parts)
 
