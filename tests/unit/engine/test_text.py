@@ -1,7 +1,6 @@
 """Whole characters, and stop strings wherever they are split."""
 
 import itertools
-
 from pathlib import Path
 
 import pytest
