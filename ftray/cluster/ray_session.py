@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ _QUIET = {
 _WORKER_ENV = {"TOKENIZERS_PARALLELISM": "false"}
 _PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "WANDB_MODE", "WANDB_PROJECT")
 _OBJECT_STORE_BYTES = 512 * 2**20
+_SWEEP_AGE_S = 24 * 3600
 
 
 @contextlib.contextmanager
@@ -70,7 +72,8 @@ def _local(num_cpus: int | None, dashboard: bool) -> Iterator[None]:
     # A private folder: short (its Unix sockets may have 107 bytes), not shared with other users' clusters.
     # The parent is not TMPDIR, which is long on some systems.
     parent = os.environ.get("RAY_TMPDIR") or ("/tmp" if os.access("/tmp", os.W_OK) else None)
-    folder = Path(tempfile.mkdtemp(prefix="ftray-", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=f"ftray-{os.getpid()}-", dir=parent))
+    _sweep(folder.parent)
     keep = _debug()
     settings = {
         "num_cpus": num_cpus,
@@ -107,6 +110,25 @@ def _reach(address: str) -> None:
             f"{address!r} is not a cluster; name `host:6379`, or unset RAY_ADDRESS for a local one"
         )
     reach(address, host, int(port))
+
+
+def _sweep(parent: Path) -> None:
+    """Remove day-old folders of sessions that were killed before they could; their clusters ended with them."""
+    for folder in parent.glob("ftray-*-*"):
+        pid = folder.name.split("-")[1]
+        with contextlib.suppress(OSError):
+            state = folder.stat()
+            is_old = time.time() - state.st_mtime > _SWEEP_AGE_S
+            if pid.isdigit() and is_old and state.st_uid == os.getuid() and not _is_alive(int(pid)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
+    return True
 
 
 def _init(address: str, settings: dict[str, Any]) -> None:

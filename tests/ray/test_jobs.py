@@ -265,6 +265,7 @@ def test_mistakes_are_one_line(cluster: Cluster, monkeypatch: pytest.MonkeyPatch
         Jobs("ray://127.0.0.1:10001")
 
 
+@pytest.mark.slow  # Ray itself tries for 20 seconds
 def test_joining_without_the_token_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
     code = "from ftray.cluster.ray_session import session\nwith session(): pass"
     env = {key: value for key, value in cluster.env.items() if not key.startswith("RAY_AUTH")}

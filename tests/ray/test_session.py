@@ -5,6 +5,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -57,6 +58,23 @@ def test_a_local_cluster_is_private_and_leaves_nothing() -> None:
     assert not folder.exists()
     os.environ.pop("PYTHONBREAKPOINT", None)  # set by Ray for its debugger
     assert dict(os.environ) == environment
+
+
+def test_what_killed_sessions_left_is_swept_after_a_day(tmp_path: Path) -> None:
+    from ftray.cluster.ray_session import _sweep
+
+    alive, dead = os.getpid(), 2**22 + 1  # Linux gives no process a number above 2**22
+    day_old_s = time.time() - 25 * 3600
+    for name in (f"ftray-{alive}-a", f"ftray-{dead}-b", "ftray-x-c"):
+        (tmp_path / name / "ray").mkdir(parents=True)
+        os.utime(tmp_path / name, (day_old_s, day_old_s))
+    (tmp_path / f"ftray-{dead}-new").mkdir()
+    _sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"ftray-{alive}-a",
+        "ftray-x-c",
+        f"ftray-{dead}-new",
+    }
 
 
 def test_the_token_is_for_its_owner_only(tmp_path: Path) -> None:
