@@ -23,7 +23,7 @@ class Reply:
     @property
     def headers(self) -> dict[str, str]:
         """Headers that say what answered."""
-        return {"x-ftray-digest": self.model.digest, "x-request-id": self.id}
+        return {"x-ftray-digest": self.model.digest}
 
     def whole(self, text: str, finish_reason: str, completion_tokens: int) -> dict[str, Any]:
         """A complete answer."""

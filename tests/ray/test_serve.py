@@ -185,7 +185,8 @@ def test_a_client_that_leaves_frees_its_blocks(handle: Any, endless: list[int], 
 
     if stream:
         with httpx.stream("POST", url, json=body, headers=headers) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # closes the response when it is collected
+            next(lines)
             assert blocks() > 0
     else:
         with pytest.raises(httpx.ReadTimeout):

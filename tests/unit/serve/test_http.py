@@ -199,7 +199,8 @@ def test_a_client_that_leaves_frees_what_it_held(serve: Serve, stream: bool) -> 
         body = chat_body(stream=stream, max_tokens=1000)
         if stream:
             with httpx.stream("POST", server.url + CHAT, json=body) as response:
-                next(response.iter_lines())
+                lines = response.iter_lines()  # closes the response when it is collected
+                next(lines)
                 assert server.engine.stats().blocks_used > 0
         else:
             with pytest.raises(httpx.ReadTimeout):
