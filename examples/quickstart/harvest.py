@@ -43,6 +43,7 @@ _NUMBER = re.compile(r"\b\d[\w.]*")
 
 MAX_PRETRAIN_CHARS = 6000
 MAX_CODE_CHARS = 420
+MAX_DESCRIBED_CHARS = 220
 DISTINCT_CHARS = 40
 TEST_SHARE, VALIDATION_SHARE = 0.20, 0.10
 TEST_ROWS, VALIDATION_ROWS, TRAIN_ROWS = 220, 150, 3000
@@ -247,7 +248,7 @@ def inner_blocks(statement: ast.stmt) -> Iterator[list[ast.stmt]]:
 
 def describe(function: Function) -> Iterator[Example]:
     """A short function and a sentence on its kind, its parameters and what it gives back."""
-    if len(function.code) > MAX_CODE_CHARS or len(function.content) < DISTINCT_CHARS:
+    if len(function.code) > MAX_DESCRIBED_CHARS or len(function.content) < DISTINCT_CHARS:
         return
     arguments = function.node.args
     names = [a.arg for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]

@@ -32,7 +32,7 @@ def parameters_on_meta() -> Iterator[None]:
         if param is not None and param.device.type != "meta":
             self._parameters[name] = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -35,7 +35,7 @@ def weighted_nll(policy: Policy, batch: Batch) -> torch.Tensor:
     hidden_TD, labels_T, weights_T = hidden_ND[where], labels[where], weights[where]
     weight_VD = policy.head.plain_weight
     if weight_VD is not None:
-        return _ChunkedNLL.apply(hidden_TD, weight_VD, labels_T, weights_T)  # type: ignore[no-any-return,no-untyped-call]
+        return _ChunkedNLL.apply(hidden_TD, weight_VD, labels_T, weights_T)
     size = max(1, _CHUNK_ELEMENTS // policy.model.config.get_text_config().vocab_size)
     chunks = zip(hidden_TD.split(size), labels_T.split(size), weights_T.split(size), strict=True)
     parts: list[Any] = [

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve import Application
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
+from ftray.config.load import load
 from ftray.config.serve import ServeConfig
 from ftray.core.errors import ClusterError, ConfigError
 from ftray.serve.backend import ServedModel
@@ -43,6 +45,24 @@ class Handle:
             _shutdown()
 
 
+def build(args: dict[str, str]) -> Application:
+    """The application for Ray Serve's own deployers (`serve deploy`, KubeRay's RayService).
+
+    Args:
+        args: `{"config": "path/to/serve.yaml"}`. The deployer decides host and port; the file's `host` says
+            how far it reaches, so that a wide one still needs tenants.
+    """
+    if set(args) != {"config"}:
+        raise ConfigError(f"args: {sorted(args)} is refused; write `args: {{config: path/to/serve.yaml}}`")
+    config = load(ServeConfig, args["config"])
+    return _application(config, resolve_models(config))
+
+
+def _application(config: ServeConfig, models: list[ServedModel]) -> Application:
+    engine = EngineReplica.options(num_replicas=config.num_replicas).bind(config, models)  # type: ignore[attr-defined]
+    return Ingress.bind(config, models, engine)  # type: ignore[attr-defined, no-any-return]
+
+
 def run(config: ServeConfig) -> Handle:
     """Serve a base and its deltas on the Ray session of this process; returns when it answers.
 
@@ -64,9 +84,7 @@ def run(config: ServeConfig) -> Handle:
             http_options=HTTPOptions(host=config.host, port=port),
             logging_config=quiet,
         )
-        engine = EngineReplica.options(num_replicas=config.num_replicas).bind(config, models)  # type: ignore[attr-defined]
-        app = Ingress.bind(config, models, engine)  # type: ignore[attr-defined]
-        serve.run(app, name=_APP, route_prefix="/", logging_config=quiet)
+        serve.run(_application(config, models), name=_APP, route_prefix="/", logging_config=quiet)
         handle = Handle(f"http://{_reachable(config.host)}:{port}", models)
         _wait_healthy(handle.url)
     except (RayError, RuntimeError, TimeoutError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch import multiprocessing as mp
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -20,7 +20,7 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[
         port = probe.getsockname()[1]
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    mp.spawn(_rank, (world_size, port, function, args, results), nprocs=world_size)  # type: ignore[no-untyped-call]
+    mp.spawn(_rank, (world_size, port, function, args, results), nprocs=world_size)  # type: ignore[attr-defined]
     found = dict(results.get() for _ in range(world_size))
     return [found[rank] for rank in range(world_size)]
 

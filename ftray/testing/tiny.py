@@ -87,5 +87,5 @@ def random_adapter(base: Path, folder: Path, *, r: int = 4, seed: int = 1, scale
         for name, parameter in peft_model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    peft_model.save_pretrained(folder)
+    peft_model.save_pretrained(str(folder))
     return folder

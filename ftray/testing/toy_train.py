@@ -51,7 +51,7 @@ def train(recipe: Any, io: Any, *, start_from: Path | None = None, stop_at: int 
             write_json(tmp / "state.json", state)
     delta = io.run_dir / "delta"
     write_json(delta / "toy.json", state)
-    return ToyResult(io.run_dir, final, delta, {"eval_loss": state["w"] ** 2}, state["step"])
+    return ToyResult(io.run_dir, final, delta, {"eval_loss": state["w"] ** 2}, int(state["step"]))
 
 
 def _fault(settings: dict[str, Any], name: str) -> None:

@@ -22,9 +22,7 @@ def build_model(recipe: Recipe) -> Any:
 
 def choose_precision(recipe: Recipe, model: Any, state: State) -> State:
     """The state with its precision: the recipe's; with `auto`, what the run began with, else what is faster."""
-    bf16 = recipe.train.bf16
-    if bf16 == "auto":
-        bf16 = state.bf16
-        if bf16 is None:
-            bf16 = bool(recipe.strategy.share(bf16_is_faster(model.config.get_text_config().hidden_size)))
+    bf16 = state.bf16 if recipe.train.bf16 == "auto" else recipe.train.bf16
+    if bf16 is None:
+        bf16 = bool(recipe.strategy.share(bf16_is_faster(model.config.get_text_config().hidden_size)))
     return dataclasses.replace(state, bf16=bf16)

@@ -23,14 +23,14 @@ class TensorBoardSink:
     def __init__(self, folder: Path, from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=from_step + 1)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder), purge_step=from_step + 1)
 
     def log(self, record: dict[str, Any]) -> None:
         """One scalar for every number but the step."""
         for key, value in record.items():
             if key != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(key, value, record["step"])  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
