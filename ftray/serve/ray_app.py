@@ -60,7 +60,7 @@ def build(args: dict[str, str]) -> Application:
 
 def _application(config: ServeConfig, models: list[ServedModel]) -> Application:
     engine = EngineReplica.options(num_replicas=config.num_replicas).bind(config, models)  # type: ignore[attr-defined]
-    return Ingress.bind(config, models, engine)  # type: ignore[attr-defined, no-any-return]
+    return Ingress.bind(config, models, engine)  # type: ignore[attr-defined]
 
 
 def run(config: ServeConfig) -> Handle:

@@ -19,6 +19,7 @@ from ftray.config.load import load
 from ftray.config.recipe import Recipe
 from ftray.config.serve import ServeConfig
 from ftray.config.tune import TuneConfig
+from ftray.core.errors import ConfigError
 from ftray.core.spec import replace
 
 ROOT = Path(__file__).parents[2]
@@ -42,10 +43,11 @@ def _objects(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def _user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand where a user stands, with the variables the files speak of."""
+    """Stand where a user stands, with the keys' hashes that the files speak of."""
     monkeypatch.chdir(ROOT)
-    for name in ("SUPPORT_KEY_SHA256", "LEGAL_KEY_SHA256"):
-        monkeypatch.setenv(name, "0" * 64)
+    for path in [*_files("examples"), *_files("k8s")]:
+        for name in re.findall(r"\$\{(\w+_KEY_SHA256)\}", path.read_text("utf-8")):
+            monkeypatch.setenv(name, "0" * 64)
 
 
 # examples/ and jobs/
@@ -252,6 +254,21 @@ def test_the_configurations_inside_the_manifests_load(tmp_path: Path) -> None:
     (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
     assert application["import_path"] == "ftray.serve.ray_app:build"
     assert application["args"] == {"config": "/etc/ftray/serve.yaml"}
+
+
+def test_the_served_application_is_built_from_its_arguments(tiny_base: Path, tmp_path: Path) -> None:
+    import importlib
+
+    from ray.serve import Application
+
+    service = next(param.values[0] for param in _all(("RayService",)))
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    module, _, attribute = application["import_path"].partition(":")
+    build = getattr(importlib.import_module(module), attribute)
+    (tmp_path / "serve.yaml").write_text(f"base: {tiny_base}\n")
+    assert isinstance(build({"config": str(tmp_path / "serve.yaml")}), Application)
+    with pytest.raises(ConfigError, match="args"):
+        build({"conf": "x"})
 
 
 def test_serve_config_is_what_ray_serve_takes() -> None:
