@@ -79,7 +79,7 @@ class LocalIO:
         Raises:
             TrainError: if another process goes on training there.
         """
-        self._lock = lock_file(self.run_dir / ".lock", _CLAIM_WAIT_S)
+        self._lock = lock_file(self.run_dir / "run.lock", _CLAIM_WAIT_S)
         if self._lock is None:
             raise TrainError(f"{self.run_dir}: another process trains here; stop it, or use another `name`")
 

@@ -79,7 +79,12 @@ def _launch_workers(
     run_dir.mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"recipe": dump(recipe), "run_dir": str(run_dir), "shards": shards},
+        train_loop_config={
+            "recipe": dump(recipe),
+            "run_dir": str(run_dir),
+            "shards": shards,
+            "cwd": str(Path.cwd()),
+        },
         scaling_config=ScalingConfig(
             num_workers=strategy.num_workers,
             resources_per_worker={"CPU": strategy.cpus_per_worker},
@@ -106,6 +111,9 @@ def _worker(config: dict[str, Any]) -> None:
 
     from ftray.train.ray_io import RayIO
 
+    # Ray starts workers in a folder of its own; the recipe's relative paths mean the driver's.
+    if Path(config["cwd"]).is_dir():
+        os.chdir(config["cwd"])
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     train(parse(Recipe, config["recipe"]), RayIO(Path(config["run_dir"]), config["shards"]))
 

@@ -113,7 +113,6 @@ class Run:
         checkpoint, delta = self.commit(), None
         if self.recipe.strategy.dp_rank == 0:
             delta = save_delta(self.recipe, self.engine.policy.model, run_dir, self.feed, metrics, state)
-            self.io.close()
             plot_run(run_dir)
         result = Result(run_dir, checkpoint, delta, metrics, state.step, state.tokens)
         if self.recipe.strategy.dp_rank == 0:

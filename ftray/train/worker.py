@@ -32,22 +32,31 @@ def train(recipe: Recipe, io: IO, *, start_from: Path | None = None, stop_at: in
     Raises:
         TrainError: if the loss or the gradient stops being finite and the recipe says to stop.
     """
-    run = begin(recipe, io, start_from)
-    progress = run.clock.progress(run.state.step)
-    while progress < 1 and run.state.step != stop_at:
-        step = run.state.step
-        torch.manual_seed(step_seed(recipe.seed, step, recipe.strategy.dp_rank))
-        scale = recipe.lr_scheduler.scale(step, progress)
-        report = run.engine.step(run.feed.batches(step), scale)
-        check_finite(recipe, step, report)
-        progress = run.advance(report, recipe.optim.learning_rate * scale)
-        if due(run.state.step, recipe.train.eval_steps) and progress < 1:
-            run.validate()
-        if due(run.state.step, recipe.train.logging_steps) or progress >= 1:
-            run.log()
-        if due(run.state.step, recipe.train.save_steps):
-            run.commit()
-    return run.finish()
+    try:
+        run = begin(recipe, io, start_from)
+        progress = run.clock.progress(run.state.step)
+        while progress < 1 and run.state.step != stop_at:
+            progress = one_step(run, progress)
+        return run.finish()
+    finally:
+        io.close()
+
+
+def one_step(run: Run, progress: float) -> float:
+    """One optimiser step, and whatever is due after it; returns the run's new progress."""
+    recipe, step = run.recipe, run.state.step
+    torch.manual_seed(step_seed(recipe.seed, step, recipe.strategy.dp_rank))
+    scale = recipe.lr_scheduler.scale(step, progress)
+    report = run.engine.step(run.feed.batches(step), scale)
+    check_finite(recipe, step, report)
+    progress = run.advance(report, recipe.optim.learning_rate * scale)
+    if due(run.state.step, recipe.train.eval_steps) and progress < 1:
+        run.validate()
+    if due(run.state.step, recipe.train.logging_steps) or progress >= 1:
+        run.log()
+    if due(run.state.step, recipe.train.save_steps):
+        run.commit()
+    return progress
 
 
 def begin(recipe: Recipe, io: IO, start_from: Path | None) -> Run:
