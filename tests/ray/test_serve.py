@@ -197,6 +197,32 @@ def test_a_client_that_leaves_frees_its_blocks(handle: Any, endless: list[int], 
         time.sleep(0.05)
 
 
+def test_a_killed_replica_ends_streams_with_an_error_and_is_replaced(
+    handle: Any, endless: list[int], client: openai.OpenAI, expected: dict[str, str]
+) -> None:
+    body = {"model": "base", "prompt": endless, "max_tokens": 4000, "stream": True, "temperature": 0}
+    url, headers = f"{handle.url}/v1/completions", {"authorization": "Bearer all"}
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=30) as response:
+        lines = response.iter_lines()
+        next(lines)
+        replicas = [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if "ServeReplica:ftray:engine" in "".join(process.cmdline())
+        ]
+        assert len(replicas) == 1
+        replicas[0].kill()
+        rest = list(lines)
+    assert "event: error" in rest
+    assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
+    assert "data: [DONE]" not in rest
+    until = time.monotonic() + 30
+    while httpx.get(f"{handle.url}/healthz", timeout=30).status_code != 200:
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    assert ask(client, "a") == expected["a"]
+
+
 def test_a_delta_of_another_base_or_template_is_refused_before_anything_starts(
     ray_cluster: None, config: ServeConfig, base: Path, tmp_path: Path
 ) -> None:
