@@ -8,13 +8,12 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ftray.core.errors import RequestError
 from ftray.engine import api
-from ftray.serve import schema, stream
+from ftray.serve import errors, schema, stream
 from ftray.serve.backend import Backend, ServedModel, Unavailable
 from ftray.serve.metrics import UNKNOWN, Metrics
 from ftray.serve.prompts import Prompts
@@ -48,11 +47,7 @@ def create_app(
     """
     endpoint = _Endpoint(models, prompts, backend, access, request_timeout_s)
     app = FastAPI(title="ftray", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_exception_handler(RequestError, _on_request_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(stream.ClientGone, _on_client_gone)
-    app.add_exception_handler(Unavailable, _on_unavailable)
-    app.add_exception_handler(Exception, _on_exception)
+    errors.install(app)
     app.add_api_route("/healthz", endpoint.health, methods=["GET"])
     app.add_api_route("/metrics", endpoint.metrics_text, methods=["GET"])
     app.add_api_route("/v1/models", endpoint.list_models, methods=["GET"])
@@ -87,12 +82,12 @@ class _Shell:
                 scope.setdefault("state", {})["tenant"] = self._access.authenticate(key)
             await self._app(scope, receive, watched)
         except RequestError as error:
-            await _response(error)(scope, receive, send)
+            await errors.response(error)(scope, receive, send)
         except Exception as error:
             # Neither client nor log gets the message: it may quote a prompt.
-            logger.error("internal error on %s: %s", scope["path"], _place(error))
+            logger.error("internal error on %s: %s", scope["path"], errors.described(error))
             if not started:
-                await _response(_internal())(scope, receive, send)
+                await errors.response(errors.internal())(scope, receive, send)
 
 
 class _Endpoint:
@@ -258,10 +253,10 @@ async def _events(
     except RequestError as error:
         yield stream.error_event(error_body(error))
     except (Unavailable, StopAsyncIteration):
-        yield stream.error_event(error_body(_unavailable("the engine went away during the answer")))
+        yield stream.error_event(error_body(errors.unavailable("the engine went away during the answer")))
     except Exception as error:
-        logger.error("stream failed: %s", _place(error))
-        yield stream.error_event(error_body(_internal()))
+        logger.error("stream failed: %s", errors.described(error))
+        yield stream.error_event(error_body(errors.internal()))
     finally:
         await outputs.aclose()
 
@@ -280,51 +275,3 @@ async def _read(request: Request) -> bytes:
             raise RequestError(f"the body has more than {MAX_BODY_BYTES} bytes", status=413, code="too_large")
         parts.append(part)
     return b"".join(parts)
-
-
-def _internal() -> RequestError:
-    return RequestError("internal error", status=500, code="internal_error")
-
-
-def _unavailable(message: str) -> RequestError:
-    return RequestError(message, status=503, code="unavailable")
-
-
-def _response(error: RequestError) -> Response:
-    headers = {"retry-after": "1"} if error.status in (429, 503) else {}
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
-
-
-async def _on_request_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    return _response(error)
-
-
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    problem = RequestError(str(error.detail), status=error.status_code, code="invalid_request")
-    response = _response(problem)
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _on_client_gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)
-
-
-async def _on_exception(request: Request, error: Exception) -> Response:
-    return _response(_internal())  # raised again after this, and logged by the shell
-
-
-async def _on_unavailable(request: Request, error: Exception) -> Response:
-    return _response(_unavailable("the engine is not available; try again shortly"))
-
-
-def _place(error: BaseException) -> str:
-    place = error.__traceback__
-    while place and place.tb_next:
-        place = place.tb_next
-    where = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "unknown place"
-    return f"{type(error).__name__} at {where}"

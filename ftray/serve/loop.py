@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from ftray.core.errors import RequestError
 from ftray.engine.api import Engine, EngineInfo, EngineStats, Output, Request
 from ftray.serve.backend import Unavailable
+from ftray.serve.errors import described
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class EngineLoop:
         # Whatever it is, those in flight must hear of it, and the next requests may well succeed.
         except Exception as error:
             self._failures += 1
-            logger.error("engine step failed: %s", _described(error))
+            logger.error("engine step failed: %s", described(error))
             names = list(self._streams)
             for name in names:
                 self._engine.cancel(name)
@@ -156,7 +157,7 @@ class EngineLoop:
         except RequestError as error:
             self._deliver([(request.id, error)])
         except Exception as error:
-            logger.error("request not taken: %s", _described(error))
+            logger.error("request not taken: %s", described(error))
             self._deliver([(request.id, RuntimeError("the engine failed"))])
 
     def _deliver(self, items: list[tuple[str, Any]]) -> None:
@@ -175,12 +176,3 @@ class EngineLoop:
 def _put_all(pairs: list[tuple["asyncio.Queue[Any]", Any]]) -> None:
     for queue, item in pairs:
         queue.put_nowait(item)
-
-
-def _described(error: BaseException) -> str:
-    """Type and place of an error. Its message may quote a prompt, so it stays out of the log."""
-    place = error.__traceback__
-    while place and place.tb_next:
-        place = place.tb_next
-    where = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "unknown place"
-    return f"{type(error).__name__} at {where}"
