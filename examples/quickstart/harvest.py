@@ -50,7 +50,7 @@ TEST_ROWS, VALIDATION_ROWS, TRAIN_ROWS = 220, 150, 3000
 MAX_ROWS_PER_ANSWER = 450
 EXCEPTIONS = ("ValueError", "TypeError", "NotImplementedError", "RuntimeError", "KeyError")
 EXCEPTIONS += ("AttributeError", "OSError", "ImportError")
-COUNTS = ("no parameters", "one parameter", "two parameters", "three parameters", "four parameters")
+COUNTS = ("no parameters", "one parameter", "two parameters")
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def describe(function: Function) -> Iterator[Example]:
     names = [a.arg for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
     count = sum(name not in ("self", "cls") for name in names)
     count += (arguments.vararg is not None) + (arguments.kwarg is not None)
-    parameters = COUNTS[count] if count < len(COUNTS) else "many parameters"
+    parameters = COUNTS[count] if count < len(COUNTS) else "several parameters"
     kind = "method" if function.is_method else "function"
     answer = f"A {kind} with {parameters}. It {gives(function)}."
     yield Example(function, function.code, answer)

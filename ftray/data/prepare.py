@@ -72,10 +72,7 @@ def _identity(data: DataConfig, files: Sequence[Path], tok: Tokeniser) -> dict[s
     """Everything the shards and the quarantine depend on."""
     return {
         "format_version": FORMAT_VERSION,
-        "sources": [
-            {"file": str(file), "size_bytes": file.stat().st_size, "digest": digest_file(file)}
-            for file in files
-        ],
+        "sources": [_source(file) for file in files],
         "unit_bytes": UNIT_BYTES,
         "transforms": dump(data.transforms),
         "max_length": data.max_length,
@@ -84,6 +81,13 @@ def _identity(data: DataConfig, files: Sequence[Path], tok: Tokeniser) -> dict[s
         "tokenizer": tok.digest,
         "chat_template_hash": tok.template_digest,
     }
+
+
+def _source(file: Path) -> dict[str, Any]:
+    try:
+        return {"file": str(file), "size_bytes": file.stat().st_size, "digest": digest_file(file)}
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); check the file") from None
 
 
 def _plan(data: DataConfig, tok: Tokeniser, folder: Path) -> Plan:

@@ -108,7 +108,7 @@ def test_answers(harvest: ModuleType) -> None:
     assert ask("raises", "def f(a):\n    try:\n        g()\n    except E:\n        raise") == []
     long = "first_value = self.method_name(first, second)"
     method = f"class C:\n    def f(self, a, *, b=1, **c):\n        {long}"
-    assert ask("describe", method) == ["A method with three parameters. It returns nothing."]
+    assert ask("describe", method) == ["A method with several parameters. It returns nothing."]
     assert ask("describe", f"def f():\n    {long}\n    yield 1") == [
         "A function with no parameters. It yields values."
     ]
