@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ftray.adapt.base import Facts
 from ftray.core.spec import spec
 
@@ -28,6 +30,7 @@ class Full:
         # Our attention's name means nothing to plain transformers; the saved folder must load there.
         model.config._attn_implementation = "sdpa"
         try:
-            model.save_pretrained(folder, safe_serialization=True)
+            logging.disable_progress_bar()
+            model.save_pretrained(folder)
         finally:
             model.config._attn_implementation = attention

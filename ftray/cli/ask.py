@@ -13,12 +13,13 @@ from ftray.cli.screen import out
 QUESTIONS_PER_TASK = 2
 
 
-def ask_all(url: str, keys: dict[str, str], corpus: Path) -> str:
+def ask_all(url: str, keys: dict[str, str], tenants: dict[str, str], corpus: Path) -> str:
     """Ask every model every question concurrently and print the answers side by side; returns a summary.
 
     Args:
         url: the endpoint, without `/v1`.
         keys: delta name -> API key of its tenant.
+        tenants: delta name -> name of its tenant.
         corpus: folder with `<delta>/test.jsonl`.
     """
     from openai import NotFoundError, OpenAI
@@ -48,9 +49,9 @@ def ask_all(url: str, keys: dict[str, str], corpus: Path) -> str:
     try:
         clients[first].chat.completions.create(model=second, messages=[{"role": "user", "content": "?"}])
     except NotFoundError:
-        refused = f"{first}'s tenant asking for `{second}` gets a 404"
+        refused = f"{tenants[first]} asking for `{second}` gets a 404"
     else:
-        raise AssertionError(f"{first}'s tenant was answered by {second}")
+        raise AssertionError(f"{tenants[first]} was answered by {second}")
     return f"{len(questions) * len(models)} answers; {refused}"
 
 

@@ -1,5 +1,6 @@
 """The stages of the quickstart, in order. Nothing here trains, searches or serves: it calls what does."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -53,7 +54,9 @@ class Tour:
         self._clear()
         self._stage("corpus", self._corpus)
         self._stage("base", self._base)
-        with session():
+        with contextlib.ExitStack() as stack:
+            with bar("start Ray on this machine"):
+                stack.enter_context(session())
             for task in TASKS:
                 self._stage(f"fine-tune {task}", functools.partial(self._fine_tune, task))
             self._stage("search", self._search)
@@ -122,7 +125,7 @@ class Tour:
         loss = read_json(self.folder / "base.json")["metrics"]["eval_loss"]
         return f"a Llama trained from scratch, held-out loss {loss:.2f}{cached}", model
 
-    def _fine_tune(self, task: str) -> tuple[str, Path]:
+    def _fine_tune(self, task: str) -> tuple[str, str]:
         from ftray.train.ray_launch import launch
 
         recipe = load(Recipe, self.examples / f"{task}.yaml")
@@ -134,9 +137,9 @@ class Tour:
         shown = (
             f"{result.step} steps on {workers} Ray Train workers, eval loss {result.metrics['eval_loss']:.3f}"
         )
-        return f"LoRA, {shown}", result.run_dir
+        return f"LoRA, {shown}", _relative(result.run_dir)
 
-    def _search(self) -> tuple[str, Path]:
+    def _search(self) -> tuple[str, str]:
         from ftray.tune.ray_trials import run
 
         config = load(TuneConfig, self.examples / "tune.yaml")
@@ -159,14 +162,14 @@ class Tour:
         return (
             f"{result.num_segments} segments, {result.num_perturbations} perturbations; winner: {found}, "
             f"{result.metric} {result.score:.3f}",
-            result.folder / "tune.png",
+            _relative(result.folder / "tune.png"),
         )
 
     def _evaluate(self, task: str) -> tuple[str, Path]:
         from ftray.eval.report import difference_table, score_table
         from ftray.eval.run import evaluate_config
 
-        delta = str(self._deltas[task])
+        delta = _relative(self._deltas[task])
         config = load(EvalConfig, self.examples / f"eval-{task}.yaml", [f"deltas=[{delta!r}]"])
         with bar("ask the held-out questions") as progress:
             report = evaluate_config(config, progress)
@@ -188,7 +191,7 @@ class Tour:
         registry = Registry(self.folder / "registry")
         refs = []
         for task in TASKS:
-            accuracy = self._reports[task].result(str(self._deltas[task])).interval.estimate
+            accuracy = self._reports[task].result(_relative(self._deltas[task])).interval.estimate
             entry = registry.publish(
                 self._deltas[task],
                 task,
@@ -222,7 +225,7 @@ class Tour:
             self._stage("serve", start)
             assert handle is not None
             url = handle.url
-            self._stage("ask", lambda: (ask_all(url, keys, self.folder / "corpus"), f"{url}/v1"))
+            self._stage("ask", lambda: (ask_all(url, keys, TENANTS, self.folder / "corpus"), f"{url}/v1"))
             console.print("\n".join(curl_lines(url, keys)), highlight=False, soft_wrap=True, markup=False)
             if keep_serving:
                 self._summary()
@@ -244,6 +247,11 @@ class Tour:
         table.add_row("total", f"{sum(row[1] for row in self._rows):.0f}", "", "")
         out.print(table)
         self._rows.clear()
+
+
+def _relative(path: Path) -> str:
+    """A path as a person standing here would write it."""
+    return os.path.relpath(path)
 
 
 def _wait_for_interrupt() -> None:
