@@ -93,6 +93,9 @@ class LoRALinear(nn.Module):
     def _segments(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         assert self.route.segments is not None
         tokens_x, tokens_y = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
+        assert self.route.segments[-1][2] == len(tokens_x), (
+            "the segments must cover the tokens this layer sees"
+        )
         mine = [segment for segment in self.route.segments if segment[0] in self.scaling]
         if not torch.is_grad_enabled():
             for name, start, stop in mine:

@@ -8,9 +8,6 @@ import typer
 
 def command(
     examples: Annotated[Path, typer.Option(help="Folder of the YAML files.")] = Path("examples/quickstart"),
-    out: Annotated[Path, typer.Option(help="Folder of what is made; the YAML files name it too.")] = Path(
-        "runs/quickstart"
-    ),
     keep_serving: Annotated[bool, typer.Option(help="Leave the endpoint up until Ctrl-C.")] = False,
 ) -> None:
     """Raw text to a live two-tenant endpoint, on this machine."""
@@ -21,4 +18,4 @@ def command(
         raise ConfigError(
             f"--examples: {examples}/base.yaml is not there; run in a clone of ftray, or name it"
         )
-    Tour(examples, out).run(keep_serving)
+    Tour(examples).run(keep_serving)

@@ -14,11 +14,13 @@ def command(
     from ftray.cli.screen import bar, out, training_bar
     from ftray.config.load import load
     from ftray.config.recipe import Recipe
+    from ftray.data.read import counts_line
     from ftray.train.ray_launch import launch
 
     spec = load(Recipe, recipe, overrides or [])
     with bar("prepare rows") as on_prepare, training_bar(f"train {spec.name}") as on_record:
         result = launch(spec, resume=resume, on_record=on_record, on_prepare=on_prepare)
+    out.print(f"data: {counts_line(result.rows)}", highlight=False, soft_wrap=True)
     shown = "  ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
     out.print(f"{spec.name}: {result.step} steps, {result.tokens:,} tokens  {shown}", highlight=False)
     out.print(f"delta: {result.delta}", highlight=False, soft_wrap=True)

@@ -36,12 +36,12 @@ class Tour:
     """One walk from text to endpoint.
 
     Args:
-        examples: folder of the YAML files and the harvest script.
-        folder: where everything is made.
+        examples: folder of the YAML files, which say where everything is made, and of the harvest script.
     """
 
-    def __init__(self, examples: Path, folder: Path) -> None:
-        self.examples, self.folder = examples, folder
+    def __init__(self, examples: Path) -> None:
+        self.examples = examples
+        self.folder = Path(load(Recipe, examples / "base.yaml").output_dir)
         self._rows: list[tuple[str, float, str, str]] = []
         self._deltas: dict[str, Path] = {}
         self._reports: dict[str, Any] = {}
@@ -49,14 +49,11 @@ class Tour:
 
     def run(self, keep_serving: bool) -> None:
         """All stages; raises `FtrayError` if a tuned delta does not beat what it has to beat."""
-        from ftray.cluster.ray_session import session
-
         self._clear()
         self._stage("corpus", self._corpus)
         self._stage("base", self._base)
         with contextlib.ExitStack() as stack:
-            with bar("start Ray on this machine"):
-                stack.enter_context(session())
+            self._stage("ray", functools.partial(self._start_ray, stack))
             for task in TASKS:
                 self._stage(f"fine-tune {task}", functools.partial(self._fine_tune, task))
             self._stage("search", self._search)
@@ -124,6 +121,13 @@ class Tour:
             write_json(self.folder / "base.json", {"key": self._key, "metrics": result.metrics})
         loss = read_json(self.folder / "base.json")["metrics"]["eval_loss"]
         return f"a Llama trained from scratch, held-out loss {loss:.2f}{cached}", model
+
+    def _start_ray(self, stack: contextlib.ExitStack) -> tuple[str, str]:
+        from ftray.cluster.ray_session import session
+
+        with bar("start Ray"):
+            stack.enter_context(session())
+        return "a cluster of this machine, on loopback, behind a token", ""
 
     def _fine_tune(self, task: str) -> tuple[str, str]:
         from ftray.train.ray_launch import launch

@@ -107,6 +107,15 @@ class Shards:
         return self._shards[number].row(int(index - self._starts[number]))
 
 
+def counts_line(counts: dict[str, Any]) -> str:
+    """What became of the rows of a data set, in words, from its manifest's counts."""
+    filtered, quarantined = sum(counts["filtered"].values()), sum(counts["quarantined"].values())
+    return (
+        f"{counts['rows']:,} rows, {counts['documents']:,} used, {filtered:,} filtered, "
+        f"{quarantined:,} quarantined; {counts['tokens']:,} tokens, {counts['targets']:,} of them targets"
+    )
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared data set. Raises `DataError` if there is none of this version."""
     try:

@@ -20,7 +20,7 @@ def resolve_folder(name_or_path: str) -> Path:
         check_folder(folder)
         return folder.resolve()
     if folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") != 1:
-        raise ModelError(f"model_name_or_path: {name_or_path!r} is not a folder; check the path")
+        raise ModelError(f"{name_or_path!r} is not a folder; check the path of the base model")
     return _from_hub(name_or_path)
 
 
@@ -34,7 +34,7 @@ def _from_hub(repo_id: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"model_name_or_path: {repo_id!r} is not a folder here and not to be had from the Hub ({reason})"
+            f"{repo_id!r} is no folder here and not to be had from the Hub ({reason}); check the base model's name"
         ) from None
     check_folder(folder)
     return folder

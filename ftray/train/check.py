@@ -8,7 +8,7 @@ from ftray.config.recipe import Recipe
 from ftray.core.errors import ConfigError, DataError
 from ftray.core.spec import replace
 from ftray.data.prepare import prepare_local
-from ftray.data.read import Shards
+from ftray.data.read import Shards, counts_line
 from ftray.data.source import find_files
 from ftray.model.build import build_structure
 from ftray.model.tokenizer import load_tokenizer
@@ -63,11 +63,7 @@ def _check_file(recipe: Recipe, split: str, file: Path) -> str:
         except DataError as error:
             raise DataError(str(error).replace(str(sample), str(file))) from None
     part = "all" if _is_whole(file) else f"the first {_SAMPLE_BYTES >> 10} KiB"
-    quarantined, filtered = sum(counts["quarantined"].values()), sum(counts["filtered"].values())
-    return (
-        f"data.{split}: {file} ({part}): {counts['rows']} rows, {counts['documents']} used, {filtered} filtered, "
-        f"{quarantined} quarantined; {counts['tokens']:,} tokens, {counts['targets']:,} of them targets"
-    )
+    return f"data.{split}: {file} ({part}): {counts_line(counts)}"
 
 
 def _is_whole(file: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,11 @@ class Feed:
     def digest(self) -> str:
         """Identity of the training data."""
         return self.shards.digest
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What became of the training rows when they were prepared."""
+        return dict(self.shards.manifest["counts"])
 
     def rows(self, step: int) -> npt.NDArray[np.int64]:
         """This rank's row indices of a step; -1 fills up a batch that does not divide."""

@@ -13,6 +13,7 @@ from ftray.core.errors import CheckpointError, FtrayError, TrainError
 from ftray.core.fs import read_json
 from ftray.core.spec import dump, parse
 from ftray.core.types import Progress, no_progress
+from ftray.model.folder import resolve_folder
 from ftray.train.io import LocalIO, Record
 from ftray.train.run import Result
 from ftray.train.track.jsonl import FILE, read_records
@@ -53,6 +54,8 @@ def launch(
     run_dir = run_dir_of(recipe).resolve()
     if not resume and any((run_dir / "checkpoints").glob("step-*")):
         raise CheckpointError(f"{run_dir}: holds a run already; use `--resume`, or another `name`")
+    if recipe.model.init == "pretrained":
+        resolve_folder(recipe.model.model_name_or_path)  # a wrong base is told before rows are prepared
     if recipe.strategy.num_workers == 1:
         return train(recipe, LocalIO(run_dir, on_record))
     with session():

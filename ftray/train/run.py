@@ -33,6 +33,8 @@ class Result:
     """Optimiser steps done."""
     tokens: int
     """Tokens seen over all ranks."""
+    rows: dict[str, Any]
+    """What became of the training rows: the counts of their manifest."""
 
 
 @dataclasses.dataclass
@@ -114,7 +116,7 @@ class Run:
         if self.recipe.strategy.dp_rank == 0:
             delta = save_delta(self.recipe, self.engine.policy.model, run_dir, self.feed, metrics, state)
             plot_run(run_dir)
-        result = Result(run_dir, checkpoint, delta, metrics, state.step, state.tokens)
+        result = Result(run_dir, checkpoint, delta, metrics, state.step, state.tokens, self.feed.counts)
         if self.recipe.strategy.dp_rank == 0:
             write_json(run_dir / "result.json", dump(result))
         self.recipe.strategy.barrier()
