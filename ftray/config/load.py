@@ -36,9 +36,13 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Plain data of a YAML file. Raises `ConfigError` (one line) if it is missing or not YAML."""
+    """Plain data of a YAML file, expanded. Raises `ConfigError` (one line) if it is missing or not YAML."""
+    return _expand(_read(path), str(path))
+
+
+def _read(path: str | Path) -> Any:
     try:
-        return _expand(yaml.load(Path(path).read_text("utf-8"), _Loader), str(path))
+        return yaml.load(Path(path).read_text("utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -61,12 +65,13 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     Raises:
         ConfigError: one line naming the file, the field, the value and the remedy.
     """
-    data = read_yaml(path)
+    data = _read(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: holds no settings; write a mapping of fields")
     for override in overrides:
         apply_override(data, override)
-    return parse(cls, data, where=str(path))
+    # Expanded last: a variable that an override has replaced need not be set.
+    return parse(cls, _expand(data, str(path)), where=str(path))
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:

@@ -56,7 +56,8 @@ def test_a_local_cluster_is_private_and_leaves_nothing() -> None:
     assert mine and not alive
     assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
     assert not folder.exists()
-    os.environ.pop("PYTHONBREAKPOINT", None)  # set by Ray for its debugger
+    for variables in (environment, os.environ):
+        variables.pop("PYTHONBREAKPOINT", None)  # set by Ray for its debugger, once a process
     assert dict(os.environ) == environment
 
 

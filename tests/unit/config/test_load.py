@@ -156,3 +156,10 @@ def test_any_value_survives_an_override(value: Any) -> None:
         data, "a.b=" + yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n")
     )
     assert data == {"a": {"b": value}}
+
+
+def test_a_variable_that_an_override_replaces_need_not_be_set(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("base: b\ntenants: [{name: a, key_sha256: '${FTRAY_TEST_UNSET}'}]\n")
+    with pytest.raises(ConfigError, match="FTRAY_TEST_UNSET"):
+        load(ServeConfig, tmp_path / "s.yaml")
+    assert load(ServeConfig, tmp_path / "s.yaml", ["tenants=[]"]).tenants == []

@@ -97,7 +97,7 @@ def test_batch_without_targets_has_zero_loss_and_zero_gradient(tiny_base: Path) 
     objective = SupervisedFineTuning()
     loss = objective.sums(Policy(model), empty)["nll"]
     loss.backward()
-    assert float(loss) == 0 and objective.weights(empty)["nll"] == 0
+    assert loss.item() == 0 and objective.weights(empty)["nll"] == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
