@@ -2,39 +2,27 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ftray.adapt.base import Facts
+from ftray.adapt.peft_files import CONFIG, PREFIX, WEIGHTS, read_config, read_factors
 from ftray.adapt.route import Route
 from ftray.core.errors import DeltaError
-from ftray.core.fs import read_json, write_json
+from ftray.core.fs import write_json
 from ftray.core.spec import spec
 from ftray.model.select import Targets, select_linear
 
 TRAINED = "default"
 """Name of the adapter that a training run trains."""
-
-_PREFIX = "base_model.model."
-_REFUSED: dict[str, Any] = {
-    "use_dora": False,
-    "modules_to_save": None,
-    "bias": "none",
-    "layer_replication": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "alora_invocation_tokens": None,
-    "use_bdlora": None,
-}
 
 
 class LoRALinear(nn.Module):
@@ -198,9 +186,9 @@ def save_adapter(
     layers = {key: layer for key, layer in lora_layers(model).items() if name in layer.scaling}
     tensors = {}
     for key, layer in layers.items():
-        tensors[f"{_PREFIX}{key}.lora_A.weight"] = layer.lora_A[name].detach().contiguous()
-        tensors[f"{_PREFIX}{key}.lora_B.weight"] = layer.lora_B[name].detach().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        tensors[f"{PREFIX}{key}.lora_A.weight"] = layer.lora_A[name].detach().contiguous()
+        tensors[f"{PREFIX}{key}.lora_B.weight"] = layer.lora_B[name].detach().contiguous()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -214,7 +202,7 @@ def save_adapter(
         "bias": "none",
         "inference_mode": True,
     }
-    write_json(folder / "adapter_config.json", config)
+    write_json(folder / CONFIG, config)
 
 
 def _short_names(model: Any, layers: Mapping[str, LoRALinear]) -> list[str]:
@@ -235,22 +223,18 @@ def load_adapter(model: Any, name: str, folder: Path) -> None:
         DeltaError: one line, if the folder is not such an adapter, uses a variant that is not plain LoRA, or
             does not fit this base.
     """
-    config = _adapter_config(folder)
-    tensors = _adapter_tensors(folder)
+    config = read_config(folder)
+    factors = read_factors(folder)
     route: Route = getattr(model, "ftray_route", None) or Route()
     model.ftray_route = route
-    factors: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        layer, _, factor = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        if factor not in ("lora_A", "lora_B"):
-            raise DeltaError(f"{folder}: tensor `{key}` is no LoRA factor; only plain LoRA is served")
-        factors.setdefault(layer, {})[factor] = tensor
-    plan = {layer: _checked_pair(model, folder, layer, pair) for layer, pair in factors.items()}
+    plan = {
+        layer: _checked_pair(model, folder, layer, pair, config.ranks()) for layer, pair in factors.items()
+    }
     unload_adapter(model, name)
     for layer, (a, b) in plan.items():
         target = _adaptable(model, layer, route)
         r = a.shape[0]
-        target.add(name, r, _scaling(r, config["lora_alpha"], bool(config.get("use_rslora"))))
+        target.add(name, r, _scaling(r, config.lora_alpha, config.use_rslora))
         with torch.no_grad():
             target.lora_A[name].copy_(a)
             target.lora_B[name].copy_(b)
@@ -264,34 +248,8 @@ def unload_adapter(model: nn.Module, name: str) -> None:
         layer.remove(name)
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    if not (folder / "adapter_config.json").is_file():
-        raise DeltaError(f"{folder}: adapter_config.json is missing; name a PEFT adapter folder")
-    config: dict[str, Any] = read_json(folder / "adapter_config.json")
-    if config.get("peft_type") != "LORA":
-        raise DeltaError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA is served")
-    for key, plain in _REFUSED.items():
-        if config.get(key, plain) not in (plain, [], {}):
-            raise DeltaError(
-                f"{folder}: {key}={config[key]!r} is not plain LoRA; train without it or merge it"
-            )
-    if config.get("alpha_pattern"):
-        raise DeltaError(f"{folder}: alpha_pattern is not supported; use one lora_alpha")
-    return config
-
-
-def _adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise DeltaError(f"{folder}: adapter_model.safetensors is missing; pickled adapters are never read")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise DeltaError(f"{file}: not readable as safetensors ({error})") from None
-
-
 def _checked_pair(
-    model: Any, folder: Path, layer: str, pair: dict[str, torch.Tensor]
+    model: Any, folder: Path, layer: str, pair: dict[str, torch.Tensor], ranks: Collection[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         module = model.get_submodule(layer)
@@ -309,6 +267,10 @@ def _checked_pair(
         raise DeltaError(
             f"{folder}: `{layer}` has factors {tuple(a.shape)} and {tuple(b.shape)} where this base has "
             f"{out_features} x {in_features}; the adapter is for another base"
+        )
+    if a.shape[0] not in ranks:
+        raise DeltaError(
+            f"{folder}: `{layer}` has rank {a.shape[0]}, {CONFIG} says {sorted(ranks)}; save the adapter again"
         )
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise DeltaError(f"{folder}: `{layer}` holds values that are not finite; train it again")

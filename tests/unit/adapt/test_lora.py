@@ -1,10 +1,11 @@
 """Our LoRA against plain `peft`: files and logits both ways."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ftray.adapt.lora import TRAINED, LoRA, load_adapter, lora_layers, unload_adapter
@@ -117,6 +118,14 @@ def test_target_that_matches_nothing_lists_near_misses(tiny_base: Path) -> None:
         LoRA(target_modules=["q_porj"]).apply(load_model(tiny_base), seed=0)
 
 
+def changed(folder: Path, source: Path, config: object) -> Path:
+    """An adapter folder with the weights of another and this configuration."""
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "adapter_config.json", config)
+    (folder / "adapter_model.safetensors").write_bytes((source / "adapter_model.safetensors").read_bytes())
+    return folder
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -124,16 +133,87 @@ def test_target_that_matches_nothing_lists_near_misses(tiny_base: Path) -> None:
         ("modules_to_save", ["lm_head"], "modules_to_save"),
         ("peft_type", "IA3", "only LORA"),
         ("bias", "all", "bias"),
+        ("init_lora_weights", "pissa", "init_lora_weights='pissa' is not plain LoRA"),
+        ("init_lora_weights", "pissa_niter_4", "init_lora_weights"),
+        ("init_lora_weights", "olora", "init_lora_weights"),
+        ("init_lora_weights", "corda", "init_lora_weights"),
+        ("init_lora_weights", "loftq", "init_lora_weights"),
+        ("init_lora_weights", "lora_ga", "init_lora_weights"),
+        ("alpha_pattern", {"q_proj": 4}, "alpha_pattern"),
+        ("use_qalora", True, "use_qalora"),
+        ("arrow_config", {"top_k": 3}, "arrow_config"),
+        ("kasa_config", {"beta": 1e-4}, "kasa_config"),
+        ("monteclora_config", {"n": 1}, "monteclora_config"),
+        ("velora_config", {"num_groups": 2}, "velora_config"),
+        ("lora_bias", True, "lora_bias"),
+        ("a_variant_of_next_year", True, "a_variant_of_next_year=True is not plain LoRA"),
+        ("lora_alpha", "8", "lora_alpha: '8' is refused"),
+        ("lora_alpha", float("nan"), "lora_alpha: nan is refused"),
+        ("lora_alpha", None, "lora_alpha: None is refused"),
+        ("r", 0, "r: 0 is refused"),
+        ("r", "4", "r: '4' is refused"),
+        ("r", 5, r"has rank 4, adapter_config.json says \[5\]"),
+        ("rank_pattern", {"q_proj": 0}, "rank_pattern.q_proj: 0 is refused"),
+        ("use_rslora", "no", "use_rslora: 'no' is refused"),
     ],
 )
-def test_variants_are_refused_by_name(
+def test_settings_that_are_not_plain_lora_are_one_line(
     tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path, key: str, value: object, message: str
 ) -> None:
     config = read_json(tiny_adapters["a"] / "adapter_config.json") | {key: value}
-    write_json(tmp_path / "adapter_config.json", config)
-    (tmp_path / "adapter_model.safetensors").symlink_to(tiny_adapters["a"] / "adapter_model.safetensors")
+    model = load_model(tiny_base)
+    with pytest.raises(DeltaError, match=message) as raised:
+        load_adapter(model, "x", changed(tmp_path, tiny_adapters["a"], config))
+    assert "\n" not in str(raised.value) and not lora_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"peft_type": "LORA", "r": 4}, "lora_alpha: missing"),
+        ({"peft_type": "LORA", "lora_alpha": 4}, "r: missing"),
+        ([1, 2], "holds no settings"),
+        ("LORA", "holds no settings"),
+        (None, "holds no settings"),
+    ],
+)
+def test_a_configuration_without_its_settings_is_one_line(
+    tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path, config: object, message: str
+) -> None:
     with pytest.raises(DeltaError, match=message):
-        load_adapter(load_model(tiny_base), "x", tmp_path)
+        load_adapter(load_model(tiny_base), "x", changed(tmp_path, tiny_adapters["a"], config))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": False},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "eva"},
+        {"init_lora_weights": "mica"},
+        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 8}},
+        {"rank_pattern": {"q_proj": 2}, "use_rslora": True},
+        {"lora_dropout": 0.5, "layers_to_transform": [1]},
+    ],
+    ids=str,
+)
+def test_what_peft_calls_plain_has_its_logits(
+    tiny_base: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    targets = ["q_proj", "v_proj", "up_proj"]
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", **settings)
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config).eval()
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    peft.save_pretrained(str(tmp_path))
+    model = load_model(tiny_base)
+    load_adapter(model, "x", tmp_path)
+    model.ftray_route.active = "x"
+    torch.testing.assert_close(model(IDS).logits, peft(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_adapter_of_another_base_changes_nothing(tiny_base: Path, tmp_path: Path) -> None:
