@@ -68,6 +68,7 @@ def test_an_adapter_of_another_base_or_kind_is_one_line(
     tiny_base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*words: Any) -> str:
+        capsys.readouterr()
         assert publish(adapter, "mine", "--registry", tmp_path / "registry", *words) == 2
         (line,) = capsys.readouterr().err.splitlines()
         return line
