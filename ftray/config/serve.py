@@ -15,7 +15,7 @@ class TenantConfig:
 
     name: str
     """The tenant's name."""
-    key_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    key_sha256: str = Field(pattern="^[0-9a-f]{64}$", repr=False)
     """SHA-256 of the tenant's key in hexadecimal; the key itself is never written down."""
     deltas: list[str] = Field(default_factory=list)
     """Names of the deltas this tenant sees, besides the base."""

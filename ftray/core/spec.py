@@ -3,19 +3,21 @@
 A piece of ftray (an adapter method, an objective, a strategy, a recipe) is a frozen dataclass whose fields
 are its settings; pydantic checks them, unknown keys are refused with the nearest known one, and the docstring
 under a field is its help text. `parse` builds one from plain data, `dump` turns one back into plain data.
+A field where people may paste a secret is declared with `Field(repr=False)`: no message shows its value.
 """
 
 import dataclasses
 import difflib
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, cast, dataclass_transform, get_args, get_origin, get_type_hints
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.fields import FieldInfo
 
 from ftray import catalog
 from ftray.core.errors import ConfigError, FtrayError
@@ -70,7 +72,8 @@ def parse(cls: type[T], data: Any, where: str = "") -> T:
     """
     prefix = f"{where}: " if where else ""
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{prefix}{_shown(data)} is not a mapping of settings")
+        shown = "this" if _may_be_secret(cls) else _shown(data)
+        raise ConfigError(f"{prefix}{shown} is not a mapping of settings")
     try:
         return cls(**{str(key): value for key, value in data.items()})
     except pydantic.ValidationError as error:
@@ -173,7 +176,23 @@ def _one_line(cls: type, error: pydantic.ValidationError) -> str:
     if isinstance(first.get("ctx", {}).get("error"), FtrayError):
         joiner = "." if message.split(":")[0].replace("_", "").replace(".", "").isalnum() else ": "
         return f"{field}{joiner}{message}{more}" if ":" in message else f"{field}: {message}{more}"
-    return f"{field}: {_shown(first['input'])} is refused; {message}{more}"
+    shown = "this value" if _may_be_secret(cls, location) else _shown(first["input"])
+    return f"{field}: {shown} is refused; {message}{more}"
+
+
+def _may_be_secret(annotation: Any, location: Sequence[str] = ()) -> bool:
+    """True if the value at a location is, or holds, that of a field declared with `repr=False`."""
+    for position, part in enumerate(location):
+        field = _spec_fields(annotation).get(part)
+        if field is not None:
+            return not field.repr or _may_be_secret(field.annotation, location[position + 1 :])
+    return any(
+        not field.repr or _may_be_secret(field.annotation) for field in _spec_fields(annotation).values()
+    )
+
+
+def _spec_fields(annotation: Any) -> dict[str, FieldInfo]:
+    return getattr(_dataclass_in(annotation), "__pydantic_fields__", {})
 
 
 def _fields_at(cls: Any, location: list[str]) -> list[str]:

@@ -163,3 +163,25 @@ def test_a_variable_that_an_override_replaces_need_not_be_set(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="FTRAY_TEST_UNSET"):
         load(ServeConfig, tmp_path / "s.yaml")
     assert load(ServeConfig, tmp_path / "s.yaml", ["tenants=[]"]).tenants == []
+
+
+@pytest.mark.parametrize(
+    ("tenants", "field"),
+    [
+        ("[{name: a, key_sha256: sk-my-real-key}]", "tenants.0.key_sha256: this value is refused"),
+        ("[{name: a, key_sha256: [sk-my-real-key]}]", "tenants.0.key_sha256: this value is refused"),
+        ("{name: a, key_sha256: sk-my-real-key}", "tenants: this value is refused"),
+        ("[sk-my-real-key]", "tenants.0: this value is refused"),
+        ("[{name: A A, key_sha256: sk-my-real-key}]", "tenants.0.key_sha256"),
+        (f"[{{name: [1], key_sha256: {'0' * 64}}}]", "tenants.0.name: [1] is refused"),
+    ],
+)
+def test_a_key_that_was_pasted_by_mistake_is_not_shown(tmp_path: Path, tenants: str, field: str) -> None:
+    (tmp_path / "s.yaml").write_text(f"base: b\ntenants: {tenants}\n")
+    with pytest.raises(ConfigError) as raised:
+        load(ServeConfig, tmp_path / "s.yaml")
+    assert field in str(raised.value) and "sk-my" not in str(raised.value)
+
+
+def test_a_key_is_not_shown_by_repr() -> None:
+    assert "0" * 64 not in repr(ServeConfig(base="b", tenants=[{"name": "t", "key_sha256": "0" * 64}]))  # type: ignore[list-item]
