@@ -173,7 +173,7 @@ def test_a_variable_that_an_override_replaces_need_not_be_set(tmp_path: Path) ->
         ("{name: a, key_sha256: sk-my-real-key}", "tenants: this value is refused"),
         ("[sk-my-real-key]", "tenants.0: this value is refused"),
         ("[{name: A A, key_sha256: sk-my-real-key}]", "tenants.0.key_sha256"),
-        (f"[{{name: [1], key_sha256: {'0' * 64}}}]", "tenants.0.name: [1] is refused"),
+        (f"[{{name: [1], key_sha256: {'a' * 64}}}]", "tenants.0.name: [1] is refused"),
     ],
 )
 def test_a_key_that_was_pasted_by_mistake_is_not_shown(tmp_path: Path, tenants: str, field: str) -> None:
