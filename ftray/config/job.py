@@ -10,9 +10,15 @@ from ftray.core.spec import spec
 from ftray.core.types import is_name
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Words of a name, between `_`, `.` and `-`: long ones may end a longer word (PGPASSWORD), short ones stand alone. A
+# hash of a key (KEY_SHA256) and a plural (MAX_TOKENS) are none, TOKENIZERS_PARALLELISM is another word.
 _SECRET = re.compile(
-    r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE
+    r"(?:TOKEN|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|APIKEY|ACCESSKEY|PRIVATEKEY)(?!_?SHA256)(?![A-Z])"
+    r"|(?<![A-Z])(?:KEY|KEYS|PASS|PWD|AUTH|BEARER|COOKIE)(?!_?SHA256)(?![A-Z])",
+    re.IGNORECASE,
 )
+# What a value is given to on a command line: `a.b=`, a key in a flow mapping, an option.
+_GIVEN = re.compile(r"^--?([\w-]+)|([\w.-]+)[\"']?\s*[=:]")
 
 
 @spec
@@ -65,7 +71,14 @@ class JobConfig:
             if not _VARIABLE.fullmatch(name):
                 raise ConfigError(f"env: {name!r} is not a variable name; use letters, digits and `_`")
         for name in self.env:
-            if _SECRET.search(name):
-                raise ConfigError(
-                    f"env: {name} looks like a secret; set it on the nodes and list it in `secrets`"
-                )
+            _refuse_secret("env", name)
+        for argument in self.arguments:
+            for given in _GIVEN.finditer(argument):
+                _refuse_secret("arguments", given[1] or given[2])
+
+
+def _refuse_secret(field: str, name: str) -> None:
+    if _SECRET.search(name):
+        raise ConfigError(
+            f"{field}: {name} looks like a secret; set it on the nodes and list it in `secrets`"
+        )

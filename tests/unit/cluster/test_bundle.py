@@ -10,6 +10,7 @@ import pytest
 from ftray.cluster.bundle import collect, command_line
 from ftray.config.job import JobConfig
 from ftray.core.errors import ClusterError, ConfigError, FtrayError
+from ftray.core.spec import parse
 
 NASTY = [
     "a b",
@@ -149,6 +150,15 @@ def test_a_secret_is_demanded_by_name_only(tmp_path: Path) -> None:
         {"env": {"HF_TOKEN": "hf_x"}},
         {"env": {"WANDB_API_KEY": "x"}},
         {"env": {"A B": "x"}},
+        {"env": {"DB_PASS": "x"}},
+        {"env": {"HF_AUTH": "x"}},
+        {"env": {"PGPASSWORD": "x"}},
+        {"env": {"ssh_key": "x"}},
+        {"arguments": ["tracking.api_key=abc"]},
+        {"arguments": ["tracking=[{type: wandb, api_key: abc}]"]},
+        {"arguments": ['tracking=[{"type": "wandb", "api_key": "abc"}]']},
+        {"arguments": ["--token=abc"]},
+        {"arguments": ["--token", "abc"]},
         {"secrets": ["X}; touch pwned; ${Y"]},
         {"name": "../x"},
         {"verb": "rm"},
@@ -156,7 +166,25 @@ def test_a_secret_is_demanded_by_name_only(tmp_path: Path) -> None:
     ],
 )
 def test_a_job_that_would_leak_or_break_is_refused(fields: dict[str, object]) -> None:
-    from ftray.core.spec import parse
-
     with pytest.raises(ConfigError):
         parse(JobConfig, {"name": "j", "verb": "run", "config": "r.yaml"} | fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"env": {"TOKENIZERS_PARALLELISM": "false", "MAX_TOKENS": "8", "KEYBOARD": "x", "BYPASS": "1"}},
+        {"env": {"SUPPORT_KEY_SHA256": "0" * 64}},
+        {"arguments": ["--resume", "data.max_length=9", "data.train=s3://bucket/pass/token.jsonl"]},
+        {"arguments": ["optim={type: adamw, learning_rate: 1e-4}", "base=hf://key"]},
+    ],
+)
+def test_what_only_sounds_like_a_secret_is_taken(fields: dict[str, object]) -> None:
+    parse(JobConfig, {"name": "j", "verb": "run", "config": "r.yaml"} | fields)
+
+
+def test_a_secret_in_an_argument_is_not_shown() -> None:
+    job = {"name": "j", "verb": "run", "config": "r.yaml", "arguments": ["tracking.api_key=sk-mine"]}
+    with pytest.raises(ConfigError, match=r"arguments: tracking\.api_key looks like a secret") as raised:
+        parse(JobConfig, job)
+    assert "sk-mine" not in str(raised.value)
