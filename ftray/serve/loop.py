@@ -1,6 +1,7 @@
 """The engine's own thread: it steps while there is work and hands each step's outputs to asyncio in one go."""
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -61,8 +62,8 @@ class EngineLoop:
 
     @property
     def healthy(self) -> bool:
-        """False once the thread is gone or step after step failed."""
-        return self._thread.is_alive() and self._failures < _MAX_FAILURES
+        """False once the thread ends or step after step failed."""
+        return self._thread.is_alive() and not self._stopping and self._failures < _MAX_FAILURES
 
     async def info(self) -> EngineInfo:
         """See `Backend.info`."""
@@ -95,43 +96,62 @@ class EngineLoop:
         finally:
             self._streams.pop(request.id, None)
             # Also after its end: a failed step ends requests that the engine is yet to see.
-            self._post(lambda: self._engine.cancel(request.id))
+            with contextlib.suppress(Unavailable):
+                self._post(lambda: self._engine.cancel(request.id))
 
     async def call(self, function: Callable[[Engine], T]) -> T:
-        """Run a function on the engine between two steps and return its result."""
-        if not self._thread.is_alive():
-            raise Unavailable("the engine has stopped")
+        """Run a function on the engine between two steps and return its result. Raises `Unavailable`."""
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # nobody waits any more
             try:
-                future.set_result(function(self._engine))
+                result = function(self._engine)
             except Exception as error:
                 future.set_exception(error)
+            else:
+                future.set_result(result)
 
         self._post(run)
         return await asyncio.wrap_future(future)
 
     def _post(self, command: Callable[[], None]) -> None:
+        """Have the thread run a command; every command posted is run. Raises `Unavailable` once it stops."""
         with self._wake:
+            if self._stopping:
+                raise Unavailable("the engine has stopped")
             self._inbox.append(command)
             self._wake.notify()
 
     def _run(self) -> None:
-        while True:
+        try:
+            while not self._stopping:
+                with self._wake:
+                    while not (self._inbox or self._stopping or self._engine.has_work()):
+                        self._wake.wait()
+                self._obey()
+                if self._engine.has_work() and not self._stopping:
+                    self._step()
+        except Exception as error:
+            logger.error("the engine's thread ends: %s", described(error))
+        finally:
             with self._wake:
-                while not (self._inbox or self._stopping or self._engine.has_work()):
-                    self._wake.wait()
-                if self._stopping:
-                    break
-                commands = list(self._inbox)
-                self._inbox.clear()
-            for command in commands:
+                self._stopping = True
+            self._obey()
+            gone = Unavailable("the engine is shutting down")
+            self._deliver([(name, gone) for name in list(self._streams)])
+
+    def _obey(self) -> None:
+        """Run the commands that have come; one that fails must not keep the others from running."""
+        with self._wake:
+            commands = list(self._inbox)
+            self._inbox.clear()
+        for command in commands:
+            try:
                 command()
-            if self._engine.has_work():
-                self._step()
-        gone = Unavailable("the engine is shutting down")
-        self._deliver([(name, gone) for name in list(self._streams)])
+            except Exception as error:
+                logger.error("a command to the engine failed: %s", described(error))
 
     def _step(self) -> None:
         try:

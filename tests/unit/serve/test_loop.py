@@ -1,0 +1,110 @@
+"""The thread that owns the engine outlives whatever its callers do, and leaves nobody waiting when it ends."""
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from ftray.engine.api import Output, Request, Sampling
+from ftray.engine.core import StepEngine
+from ftray.engine.fake import FakeEngineConfig
+from ftray.serve.backend import Unavailable
+from ftray.serve.loop import EngineLoop
+
+
+def request() -> Request:
+    return Request(id=uuid.uuid4().hex, prompt_ids=[65], sampling=Sampling(max_tokens=100))
+
+
+def engine(step_s: float = 0.0) -> StepEngine:
+    return FakeEngineConfig(text="x" * 20, step_s=step_s).build("tiny")
+
+
+@contextlib.asynccontextmanager
+async def running(engine: Any) -> AsyncIterator[EngineLoop]:
+    loop = EngineLoop(engine, max_requests=8).start()
+    try:
+        yield loop
+    finally:
+        await asyncio.to_thread(loop.stop)
+
+
+async def collect(loop: EngineLoop) -> list[Output]:
+    async with asyncio.timeout(5):
+        return [output async for output in loop.generate(request())]
+
+
+def test_a_cancelled_call_leaves_the_thread_alive() -> None:
+    async def scenario() -> None:
+        async with running(engine(step_s=0.05)) as loop:
+            answer = asyncio.create_task(collect(loop))
+            await asyncio.sleep(0.02)
+            waiting = asyncio.create_task(loop.stats())
+            await asyncio.sleep(0)  # the command is posted while a step runs
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            outputs = await answer
+            assert outputs[-1].finish_reason == "stop"
+            assert loop.healthy
+            assert (await loop.stats()).running == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_command_that_fails_disturbs_nobody() -> None:
+    async def scenario() -> None:
+        broken = engine()
+        broken.cancel = _raising  # type: ignore[method-assign]
+        async with running(broken) as loop:
+            for _ in range(2):
+                assert (await collect(loop))[-1].finish_reason == "stop"
+            assert loop.healthy
+
+    asyncio.run(scenario())
+
+
+def test_a_thread_that_dies_ends_its_streams() -> None:
+    async def scenario() -> None:
+        broken = engine(step_s=0.01)
+        async with running(broken) as loop:
+            outputs = loop.generate(request())
+            await anext(outputs)
+            broken.has_work = _raising  # type: ignore[method-assign]
+            async with asyncio.timeout(5):
+                with pytest.raises(Unavailable):
+                    async for _ in outputs:
+                        pass
+            assert not loop.healthy
+
+    asyncio.run(scenario())
+
+
+def test_what_is_asked_around_a_stop_is_answered() -> None:
+    async def scenario() -> None:
+        async with running(engine(step_s=0.1)) as loop:
+            answer = asyncio.create_task(collect(loop))
+            await asyncio.sleep(0.05)  # in a step
+            before = asyncio.create_task(loop.call(lambda engine: engine.deltas()))
+            await asyncio.sleep(0)
+            stopping = asyncio.create_task(asyncio.to_thread(loop.stop))
+            while not loop._stopping:
+                await asyncio.sleep(0)
+            async with asyncio.timeout(5):
+                with pytest.raises(Unavailable):  # posted after the stop, while the thread still steps
+                    await loop.call(lambda engine: engine.deltas())
+                with pytest.raises(Unavailable):
+                    await collect(loop)
+                assert await before == []
+                with pytest.raises(Unavailable):
+                    await answer
+            await stopping
+
+    asyncio.run(scenario())
+
+
+def _raising(*_: Any) -> Any:
+    raise KeyError("planted")
