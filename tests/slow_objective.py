@@ -1,4 +1,4 @@
-"""A user's own objective: the plain loss, slowed down so that a run can be killed in its middle."""
+"""A user's own objectives: one that takes its time, so that a run can be killed in its middle, one that breaks."""
 
 import os
 import time
@@ -26,3 +26,11 @@ class Slow(SupervisedFineTuning):
         if self.pid_file and dist.get_rank() == 0:
             Path(self.pid_file).write_text(str(os.getpid()))
         return super().sums(policy, batch)
+
+
+@spec
+class Infinite(SupervisedFineTuning):
+    """An infinite loss whose gradient is finite."""
+
+    def sums(self, policy: Policy, batch: Batch) -> Mapping[str, torch.Tensor]:
+        return {"nll": super().sums(policy, batch)["nll"] + float("inf")}

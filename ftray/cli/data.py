@@ -139,8 +139,9 @@ def tokenizer(
     from ftray.data.train_tokenizer import train_tokenizer
 
     with bar("train tokenizer") as progress:
-        train_tokenizer(files, out, vocab_size, progress)
-    screen.print(f"tokenizer: {out}", highlight=False, soft_wrap=True)
+        bad = train_tokenizer(files, out, vocab_size, progress)
+    left_out = f" ({bad:,} rows cannot be used and were left out; see `ftray data inspect`)" if bad else ""
+    screen.print(f"tokenizer: {out}{left_out}", highlight=False, soft_wrap=True)
 
 
 def _load(recipe: str, overrides: list[str] | None) -> "Recipe":

@@ -6,6 +6,7 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -92,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     sys.argv[1:] = words
+    # `package.module:attr` in a recipe means the user's own code, which is where the user stands.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     try:
         app(args=words, prog_name="ftray")
     except FtrayError as error:

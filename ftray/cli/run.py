@@ -11,14 +11,17 @@ def command(
     resume: Annotated[bool, typer.Option(help="Go on with the run of this name.")] = False,
 ) -> None:
     """Train one recipe."""
-    from ftray.cli.screen import bar, out, training_bar
+    from ftray.cli.screen import out, run_bars
     from ftray.config.load import load
     from ftray.config.recipe import Recipe
     from ftray.data.read import counts_line
-    from ftray.train.ray_launch import launch
 
     spec = load(Recipe, recipe, overrides or [])
-    with bar("prepare rows") as on_prepare, training_bar(f"train {spec.name}") as on_record:
+    from ftray.train.ray_launch import (
+        launch,
+    )  # after the recipe: a mistake in it is told without waiting for Ray
+
+    with run_bars(spec.name) as (on_prepare, on_record):
         result = launch(spec, resume=resume, on_record=on_record, on_prepare=on_prepare)
     out.print(f"data: {counts_line(result.rows)}", highlight=False, soft_wrap=True)
     shown = "  ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())

@@ -11,6 +11,7 @@ import typer
 from ftray.config.job import JobConfig
 from ftray.config.load import load, read_yaml
 from ftray.core.errors import ConfigError
+from ftray.core.spec import parse
 
 _CONFIGS = {
     "run": "ftray.config.recipe:Recipe",
@@ -41,8 +42,12 @@ def command(
     from ftray.cluster.bundle import collect
     from ftray.cluster.ray_jobs import Jobs
 
-    for path in collect(job).expected:
+    bundle = collect(job)
+    for path in bundle.expected:
         typer.echo(f"note: {path} is not sent; it must be there on the cluster", err=True)
+    if bundle.withheld:
+        names = ", ".join(bundle.withheld)
+        typer.echo(f"note: not sent, hidden or a secret by its name: {names}", err=True)
     jobs = Jobs(address)
     job_id = jobs.submit(job)
     typer.echo(job_id)
@@ -64,13 +69,14 @@ def read_job(file: Path, overrides: list[str], *, verb: str, name: str, working_
     if verb not in _CONFIGS:
         raise ConfigError(f"--verb {verb!r} is refused; known: {', '.join(_CONFIGS)}")
     stem = re.sub(r"[^a-z0-9._-]", "-", file.stem.lower()).lstrip("._-")
-    return JobConfig(
-        name=name or f"{verb}-{stem}"[:48],
-        verb=verb,  # type: ignore[arg-type]  # checked above
-        config=str(file),
-        arguments=overrides,
-        working_dir=working_dir,
-    )
+    fields = {
+        "name": name or f"{verb}-{stem}"[:48],
+        "verb": verb,
+        "config": str(file),
+        "arguments": overrides,
+        "working_dir": working_dir,
+    }
+    return parse(JobConfig, fields)
 
 
 def _check(job: JobConfig) -> None:

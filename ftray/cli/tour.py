@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftray.cli.ask import ask_all, curl_lines
-from ftray.cli.screen import bar, console, out, training_bar
+from ftray.cli.screen import bar, console, out, run_bars
 from ftray.config.evaluate import EvalConfig
 from ftray.config.load import load
 from ftray.config.recipe import Recipe
@@ -27,6 +27,8 @@ from ftray.config.serve import ServeConfig
 from ftray.config.tune import TuneConfig
 from ftray.core.errors import FtrayError, TuneError
 from ftray.core.fs import digest_file, digest_json, read_json, write_json
+from ftray.core.spec import replace
+from ftray.data.read import counts_line
 
 TASKS = ("raises", "describe")
 TENANTS = {"raises": "acme", "describe": "globex"}
@@ -83,12 +85,15 @@ class Tour:
         return digest_json({"python": platform.python_version(), **files})
 
     def _is_cached(self) -> bool:
+        """True if corpus and base of this key are there."""
         stamp = self.folder / "base.json"
-        return stamp.is_file() and read_json(stamp).get("key") == self._key
+        made = (self.folder / "base/delta/ftray_delta.json", self.folder / "corpus/pretrain.jsonl", stamp)
+        return all(file.is_file() for file in made) and read_json(stamp).get("key") == self._key
 
     def _corpus(self) -> tuple[str, Path]:
         corpus = self.folder / "corpus"
         if not self._is_cached():
+            (self.folder / "base.json").unlink(missing_ok=True)
             for name in ("corpus", "tokenizer", "base"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             with bar("harvest the standard library"):
@@ -116,9 +121,10 @@ class Tour:
                     recipe.model.config["vocab_size"],
                     progress,
                 )
-            with training_bar("train the base") as on_record:
-                result = launch(recipe, on_record=on_record)
-            write_json(self.folder / "base.json", {"key": self._key, "metrics": result.metrics})
+            with run_bars("the base") as (on_prepare, on_record):
+                result = launch(recipe, on_prepare=on_prepare, on_record=on_record)
+            stamp = {"key": self._key, "metrics": result.metrics, "bf16": result.bf16}
+            write_json(self.folder / "base.json", stamp)
         loss = read_json(self.folder / "base.json")["metrics"]["eval_loss"]
         return f"a Llama trained from scratch, held-out loss {loss:.2f}{cached}", model
 
@@ -133,7 +139,7 @@ class Tour:
         from ftray.train.ray_launch import launch
 
         recipe = load(Recipe, self.examples / f"{task}.yaml")
-        with bar("prepare rows with Ray Data") as on_prepare, training_bar(f"train {task}") as on_record:
+        with run_bars(task) as (on_prepare, on_record):
             result = launch(recipe, on_record=on_record, on_prepare=on_prepare)
         assert result.delta is not None
         self._deltas[task] = result.delta
@@ -141,12 +147,16 @@ class Tour:
         shown = (
             f"{result.step} steps on {workers} Ray Train workers, eval loss {result.metrics['eval_loss']:.3f}"
         )
+        console.print(f"rows: {counts_line(result.rows)}", highlight=False)
         return f"LoRA, {shown}", _relative(result.run_dir)
 
     def _search(self) -> tuple[str, str]:
         from ftray.tune.ray_trials import run
 
         config = load(TuneConfig, self.examples / "tune.yaml")
+        # What the base's training timed as faster on this machine; members must not time for themselves.
+        bf16 = f"train.bf16={str(read_json(self.folder / 'base.json')['bf16']).lower()}"
+        config = replace(config, "overrides", [*config.overrides, bf16])
         total = config.num_members * config.num_segments
         done = 0
         with bar(f"search: {config.num_members} members x {config.num_segments} segments") as progress:
@@ -178,6 +188,8 @@ class Tour:
         with bar("ask the held-out questions") as progress:
             report = evaluate_config(config, progress)
         self._reports[task] = report
+        for note in [*report.notes, *(f"not asked: {row}" for row in report.quarantined)]:
+            console.print(note, highlight=False, markup=False)
         out.print(score_table(report), difference_table(report.differences))
         if not report.beats_all(delta):
             raise FtrayError(

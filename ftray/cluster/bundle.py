@@ -1,6 +1,7 @@
 """What a submitted job takes along: its configuration, the local files that names, and nothing else."""
 
 import contextlib
+import fnmatch
 import os
 import shlex
 import shutil
@@ -27,15 +28,23 @@ _DATA_SUFFIXES = {
     ".zst",
     ".safetensors",
 }
-_NEVER_SENT = {".git", ".venv", "venv", "__pycache__", ".env", ".ssh", ".gitignore"}
+_SECRET_NAMES = (
+    *(".env*", ".git", ".ssh", ".aws", ".azure", ".gnupg", ".kube", ".docker", ".netrc", ".pgpass", ".pypirc"),
+    *(".npmrc", ".git-credentials", "*.pem", "*.key", "*.p12", "*.pfx", "*.keytab", "id_rsa*", "id_ed25519*"),
+)
+_NOT_NEEDED = ("venv", "__pycache__")
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Files of a job: place in the job's folder -> local file, and paths the cluster must have itself."""
+    """Files of a job."""
 
     files: dict[str, Path] = field(default_factory=dict)
+    """Place in the job's folder -> local file."""
     expected: list[str] = field(default_factory=list)
+    """Paths the cluster must have itself."""
+    withheld: list[str] = field(default_factory=list)
+    """Places that are not sent because they are hidden or a secret by their name."""
 
     @property
     def size_bytes(self) -> int:
@@ -54,10 +63,12 @@ def collect(job: JobConfig) -> Bundle:
     """The files a job needs, found from where the user stands.
 
     Relative paths stay as they are written, so they mean the same on the cluster. An absolute path is not
-    sent: it is expected on the cluster (`Bundle.expected`).
+    sent: it is expected on the cluster (`Bundle.expected`). Hidden files, and secrets by their name, of a folder
+    stay here (`Bundle.withheld`).
 
     Raises:
-        ConfigError: for a file that is named but not there, or lies outside the current folder.
+        ConfigError: for a file that is named but not there, is a secret by its name, or lies (or links) outside
+            the current folder.
         ClusterError: if there is more to send than `max_upload_mb`.
     """
     bundle = Bundle()
@@ -157,18 +168,51 @@ def _take(bundle: Bundle, text: str, where: str) -> list[Path] | None:
 
 def _add(bundle: Bundle, path: Path, root: Path) -> list[Path]:
     """Add a file, or all files of a folder; returns the new ones."""
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise ConfigError(f"{path} lies outside {root.resolve()}; submit from a folder above it")
+    named = _inside(path, root)
     if not path.exists():
         raise ConfigError(f"{path}: no such file; check the path")
+    if any(map(_is_secret, named.parts)):
+        raise ConfigError(f"{path}: a secret by its name, which is not sent; put it on the cluster's nodes")
     members = [path] if path.is_file() else [item for item in sorted(path.rglob("*")) if item.is_file()]
     new = []
     for member in members:
+        inner = member.relative_to(path)
+        # A link is judged by its own name and by what it leads to.
+        kept = next((part for part in inner.parts if _stays_here(part)), None)
+        if kept is None and any(map(_is_secret, _inside(member, root).parts)):
+            kept = inner.parts[-1]
         place = os.path.relpath(member, root)
-        if place not in bundle.files and not _NEVER_SENT.intersection(Path(place).parts):
+        if kept is not None:
+            _withhold(bundle, place, kept)
+        elif place not in bundle.files:
             bundle.files[place] = member
             new.append(member)
     return new
+
+
+def _inside(path: Path, root: Path) -> Path:
+    """Where a path leads, links followed, relative to the folder it must not leave (`ConfigError`)."""
+    real, real_root = path.resolve(), root.resolve()
+    if not real.is_relative_to(real_root):
+        remedy = "copy the file there" if path.is_symlink() else "submit from a folder above it"
+        raise ConfigError(f"{path} lies outside {real_root}; {remedy}")
+    return real.relative_to(real_root)
+
+
+def _is_secret(name: str) -> bool:
+    return any(fnmatch.fnmatch(name.lower(), pattern) for pattern in _SECRET_NAMES)
+
+
+def _stays_here(name: str) -> bool:
+    return name.startswith(".") or name in _NOT_NEEDED or _is_secret(name)
+
+
+def _withhold(bundle: Bundle, place: str, part: str) -> None:
+    """Note what stays here: a whole folder once; nothing for what no job needs."""
+    parts = Path(place).parts
+    top = str(Path(*parts[: parts.index(part) + 1]))
+    if part not in _NOT_NEEDED and top not in bundle.withheld:
+        bundle.withheld.append(top)
 
 
 def _check_size(bundle: Bundle, max_mb: int) -> None:

@@ -14,7 +14,7 @@ from ftray.core.types import is_name
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str | dict) else value
 
 
 Paths = Annotated[list[str], BeforeValidator(_as_list)]
@@ -133,7 +133,9 @@ class Recipe:
     strategy: Annotated[Any, Piece("strategy")]
     """How the work is spread."""
     train: TrainConfig
-    tracking: list[Annotated[Any, Piece("tracker")]] = Field(default_factory=list)
+    tracking: Annotated[list[Annotated[Any, Piece("tracker")]], BeforeValidator(_as_list)] = Field(
+        default_factory=list
+    )
     """Where metrics go besides the JSON lines and TensorBoard files that are always written."""
 
     def __post_init__(self) -> None:

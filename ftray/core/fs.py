@@ -54,6 +54,26 @@ def commit_dir(final: Path) -> Iterator[Path]:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def replace_dir(final: Path) -> Iterator[Path]:
+    """Yield a temporary directory that takes the place of `final` when the block ends without an error.
+
+    A kill leaves the old directory, the new one, or for a moment neither, never half of one.
+    """
+    old = final.parent / f".tmp-old-{final.name}-{uuid.uuid4().hex[:8]}"
+    aside = final.parent / f".tmp-new-{final.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        with commit_dir(aside) as tmp:
+            yield tmp
+        if final.exists():
+            final.rename(old)
+        aside.rename(final)
+        fsync_path(final.parent)
+    finally:
+        for path in (old, aside):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file atomically and durably."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,14 +24,17 @@ CHAT_TEMPLATE = (
 
 def train_tokenizer(
     patterns: Sequence[str], folder: Path, vocab_size: int = 4096, progress: Progress = no_progress
-) -> Path:
+) -> int:
     """Train on every text of the rows in some files.
 
     Args:
-        patterns: files, folders or globs of JSON lines; rows that cannot be used are passed over.
+        patterns: files, folders or globs of JSON lines; rows that cannot be used are passed over and counted.
         folder: where the tokenizer is saved.
         vocab_size: tokens, the 256 bytes and 2 special tokens among them.
         progress: called with the source bytes read and their total.
+
+    Returns:
+        How many rows could not be used.
 
     Raises:
         DataError: one line: a file is missing, no row can be used, or the folder exists.
@@ -40,7 +43,8 @@ def train_tokenizer(
 
     if folder.exists():
         raise DataError(f"{folder}: is there already; name another folder or delete it")
-    texts = _texts(split_units(find_files(patterns)), progress)
+    bad: list[str] = []
+    texts = _texts(split_units(find_files(patterns)), progress, bad)
     first = next(texts, None)
     if first is None:
         raise DataError(f"{', '.join(patterns)}: no row that can be used; see `ftray data inspect`")
@@ -58,7 +62,7 @@ def train_tokenizer(
     core.train_from_iterator(_chain(first, texts), trainer)
     with commit_dir(folder) as tmp:
         _as_hugging_face(core).save_pretrained(tmp)
-    return folder
+    return len(bad)
 
 
 def _as_hugging_face(core: Any) -> Any:
@@ -71,13 +75,14 @@ def _as_hugging_face(core: Any) -> Any:
     return tokenizer
 
 
-def _texts(units: Sequence[Unit], progress: Progress) -> Iterator[str]:
+def _texts(units: Sequence[Unit], progress: Progress, bad: list[str]) -> Iterator[str]:
     total = sum(unit.stop - unit.start for unit in units)
     for unit in units:
         for line in read_lines(unit)[0]:
             try:
                 row = parse_line(line.content)
-            except BadRow:
+            except BadRow as error:
+                bad.append(str(error))
                 continue
             yield from (span.text for span in row.spans if span.text)
         done = sum(other.stop - other.start for other in units[: unit.index + 1])

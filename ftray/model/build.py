@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import nn
 
@@ -18,6 +19,9 @@ from ftray.config.recipe import ModelConfig
 from ftray.core.errors import ModelError
 from ftray.model import attention
 from ftray.model.folder import load_config, resolve_folder, weight_map
+
+# What transformers raises for a configuration of another kind of model, or with impossible sizes.
+_NOT_BUILT = (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError, StrictDataclassError)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -39,20 +43,35 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def build_structure(config: ModelConfig, *, seed: int = 0, attn: str = attention.NAME) -> nn.Module:
-    """The model of a recipe: weights on meta (`pretrained`) or random (`init: config`), nothing trainable yet."""
+def build_structure(
+    config: ModelConfig, *, seed: int = 0, attn: str = attention.NAME, empty: bool = False
+) -> nn.Module:
+    """The model of a recipe, nothing trainable yet.
+
+    Weights are on meta (`pretrained`, or `empty`) or random (`init: config`).
+
+    Raises:
+        ModelError: if no causal language model can be built from the configuration.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    dtype = DTYPES[config.dtype]
-    if config.init == "config":
-        settings = AutoConfig.for_model(**config.config)
-        with torch.random.fork_rng():
+    on_meta = empty or config.init == "pretrained"
+    folder = resolve_folder(config.model_name_or_path) if config.init == "pretrained" else None
+    try:
+        settings = load_config(folder) if folder else AutoConfig.for_model(**config.config)
+        with torch.random.fork_rng(), parameters_on_meta() if on_meta else contextlib.nullcontext():
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attn)
-    else:
-        settings = load_config(resolve_folder(config.model_name_or_path))
-        with parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attn)
+            model: Any = AutoModelForCausalLM.from_config(
+                settings, dtype=DTYPES[config.dtype], attn_implementation=attn
+            )
+    except ModelError:
+        raise
+    except _NOT_BUILT as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{folder or 'model.config'}: no causal language model can be built from this ({reason})"
+        ) from None
+    if on_meta:
         model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -48,6 +48,13 @@ def check_folder(folder: Path) -> None:
         raise ModelError(
             f"{folder}: no model.safetensors; save the model with `save_pretrained` (safetensors)"
         )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        for name in sorted(set(read_json(index)["weight_map"].values())):
+            if not (folder / name).is_file():
+                raise ModelError(
+                    f"{folder / name}: missing, though the index names it; fetch the model again"
+                )
     config = read_json(folder / "config.json")
     if "auto_map" in config:
         raise ModelError(

@@ -5,6 +5,8 @@ place.
 """
 
 import dataclasses
+import math
+import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -43,8 +45,8 @@ class FirstOrder:
         strategy: how the work is spread.
         parameters: what trains, by name.
         optimizers: built from the same parameters.
-        bf16: compute the forward pass in bfloat16.
         max_grad_norm: clip above this norm; None never clips.
+        bf16: compute the forward pass in bfloat16.
     """
 
     def __init__(
@@ -55,8 +57,8 @@ class FirstOrder:
         parameters: Mapping[str, torch.nn.Parameter],
         optimizers: Sequence[torch.optim.Optimizer],
         *,
-        bf16: bool,
         max_grad_norm: float | None,
+        bf16: bool = False,
     ) -> None:
         self.policy, self.objective, self.strategy = policy, objective, strategy
         self.parameters, self.optimizers = dict(parameters), list(optimizers)
@@ -74,13 +76,33 @@ class FirstOrder:
             self.strategy.backward(loss)
             sums += batch_sums
         sums = self.strategy.sum(sums)
+        means = dict(zip(names, (sums / weights).tolist(), strict=True))
+        total = sum(means.values())
         for optimizer, rates in zip(self.optimizers, self._base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * scale
-        update = self.strategy.update(list(self.parameters.values()), self.optimizers, self.max_grad_norm)
-        means = dict(zip(names, (sums / weights).tolist(), strict=True))
-        total, applied = sum(means.values()), update.applied
-        return StepReport(total, means, update.grad_norm, applied, tokens, float(weights[0]))
+        # The loss is the same number on every rank, so all of them agree.
+        update = self.strategy.update(
+            list(self.parameters.values()), self.optimizers, self.max_grad_norm, sound=math.isfinite(total)
+        )
+        return StepReport(total, means, update.grad_norm, update.applied, tokens, float(weights[0]))
+
+    def time_s(self, batch: Batch, bf16: bool, repeats: int = 2) -> float:
+        """Seconds of one forward and backward pass in a precision, the best of `repeats` after a first one.
+
+        No parameter moves; the gradients are dropped.
+        """
+        before, self.bf16 = self.bf16, bf16
+        weights = torch.ones(len(self.objective.weights(batch)), dtype=torch.float64)
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            self.strategy.backward(self._forward(batch, list(self.objective.weights(batch)), weights)[0])
+            times.append(time.perf_counter() - start)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.bf16 = before
+        return min(times[1:])
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,13 +18,18 @@ class Update:
     grad_norm: float
     """Norm of the whole gradient before clipping."""
     applied: bool
-    """False if the gradient was not finite: then no parameter moved, on any rank."""
+    """False if loss or gradient was not finite: then no parameter moved, on any rank."""
 
 
 class Strategy(Protocol):
     """One way to spread a run."""
 
     num_workers: int
+
+    @property
+    def in_process(self) -> bool:
+        """True if the run needs no worker group."""
+        ...
 
     @property
     def dp_rank(self) -> int:
@@ -49,8 +54,13 @@ class Strategy(Protocol):
         parameters: Sequence[torch.nn.Parameter],
         optimizers: Sequence[torch.optim.Optimizer],
         max_grad_norm: float | None,
+        *,
+        sound: bool,
     ) -> Update:
-        """Reduce, clip and step as one call (DeepSpeed owns all three); gradients are cleared."""
+        """Reduce, clip and step as one call (DeepSpeed owns all three); gradients are cleared.
+
+        Nothing moves if the gradient is not finite, or if `sound` is False because the loss is not.
+        """
         ...
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:

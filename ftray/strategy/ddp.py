@@ -29,6 +29,11 @@ class DDP:
     """Times the worker group is restarted from its newest checkpoint."""
 
     @property
+    def in_process(self) -> bool:
+        """Workers of Ray Train, even if it is one."""
+        return False
+
+    @property
     def dp_rank(self) -> int:
         """Rank in the process group."""
         return dist.get_rank()
@@ -51,6 +56,8 @@ class DDP:
         parameters: Sequence[torch.nn.Parameter],
         optimizers: Sequence[torch.optim.Optimizer],
         max_grad_norm: float | None,
+        *,
+        sound: bool,
     ) -> Update:
         """Sum the gradients over ranks, then clip and step as one process would."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -59,7 +66,7 @@ class DDP:
         sizes = [parameter.numel() for parameter in parameters]
         for parameter, part in zip(parameters, flat.split(sizes), strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
-        return clip_and_step(parameters, optimizers, max_grad_norm)
+        return clip_and_step(parameters, optimizers, max_grad_norm, sound=sound)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """All-reduce."""

@@ -14,6 +14,11 @@ class Single:
     """Everything in one process."""
 
     @property
+    def in_process(self) -> bool:
+        """No worker group."""
+        return True
+
+    @property
     def num_workers(self) -> int:
         """One."""
         return 1
@@ -41,9 +46,11 @@ class Single:
         parameters: Sequence[torch.nn.Parameter],
         optimizers: Sequence[torch.optim.Optimizer],
         max_grad_norm: float | None,
+        *,
+        sound: bool,
     ) -> Update:
         """Clip by the global norm and step, unless the gradient is not finite."""
-        return clip_and_step(parameters, optimizers, max_grad_norm)
+        return clip_and_step(parameters, optimizers, max_grad_norm, sound=sound)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The values themselves."""
@@ -61,6 +68,8 @@ def clip_and_step(
     parameters: Sequence[torch.nn.Parameter],
     optimizers: Sequence[torch.optim.Optimizer],
     max_grad_norm: float | None,
+    *,
+    sound: bool,
 ) -> Update:
     """Clip reduced gradients by their global norm, step, and clear them.
 
@@ -69,7 +78,7 @@ def clip_and_step(
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    applied = bool(torch.isfinite(norm))
+    applied = sound and bool(torch.isfinite(norm))
     if applied:
         if max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)

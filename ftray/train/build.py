@@ -6,8 +6,9 @@ from typing import Any
 from ftray.config.recipe import Recipe
 from ftray.model.build import build_structure, load_weights
 from ftray.model.folder import resolve_folder
-from ftray.model.precision import bf16_is_faster
+from ftray.optim.first_order import FirstOrder
 from ftray.train.checkpoint import State
+from ftray.train.feed import Feed
 
 
 def build_model(recipe: Recipe) -> Any:
@@ -20,9 +21,15 @@ def build_model(recipe: Recipe) -> Any:
     return model.train()
 
 
-def choose_precision(recipe: Recipe, model: Any, state: State) -> State:
-    """The state with its precision: the recipe's; with `auto`, what the run began with, else what is faster."""
+def choose_precision(recipe: Recipe, engine: FirstOrder, feed: Feed, state: State) -> State:
+    """Set the engine's precision and keep it in the state.
+
+    The recipe's word counts; with `auto`, what the run began with, else the faster of a few timed passes over the
+    first batch (every rank takes part, rank 0 decides).
+    """
     bf16 = state.bf16 if recipe.train.bf16 == "auto" else recipe.train.bf16
     if bf16 is None:
-        bf16 = bool(recipe.strategy.share(bf16_is_faster(model.config.get_text_config().hidden_size)))
+        batch = feed.batches(state.step)[0]
+        bf16 = bool(recipe.strategy.share(engine.time_s(batch, True) < engine.time_s(batch, False)))
+    engine.bf16 = bf16
     return dataclasses.replace(state, bf16=bf16)

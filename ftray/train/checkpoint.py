@@ -22,11 +22,19 @@ from ftray.config.recipe import Recipe
 from ftray.core.errors import CheckpointError, FtrayError
 from ftray.core.fs import commit_dir, digest_json, digest_tree, read_json, verify_tree, write_json
 from ftray.core.spec import dump
+from ftray.model.identity import base_identity
 from ftray.optim.state import load_state_tensors, state_tensors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_HOUSEKEEPING = ("eval_steps", "save_steps", "save_total_limit", "logging_steps")
+# What changes when something is written or how a step is cut, but no number beyond rounding.
+_HOUSEKEEPING = (
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "per_device_train_batch_size",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +63,20 @@ def run_identity(recipe: Recipe, data_digest: str) -> dict[str, str]:
     tree = dump(recipe)
     for key in _HOUSEKEEPING:
         tree["train"].pop(key)
-    tree["train"].pop("per_device_train_batch_size")
+    if recipe.model.init == "pretrained":
+        # Which weights, not where they lie: a base may move, and another under the same path is another.
+        base = base_identity(recipe.model.model_name_or_path)["digest"]
+        tree["model"] = {"base": base, "dtype": recipe.model.dtype}
     structure = {key: tree[key] for key in ("model", "adapt")}
-    run = {
-        key: tree[key] for key in ("seed", "model", "adapt", "objective", "optim", "lr_scheduler", "train")
-    }
+    run = {key: tree[key] for key in ("seed", "objective", "optim", "lr_scheduler", "train")}
     return {"run": digest_json(run), "structure": digest_json(structure), "data": data_digest}
+
+
+_OTHER = {
+    "run": "other settings (seed, objective, optim, lr_scheduler or train)",
+    "structure": "another base or adapter",
+    "data": "other training rows",
+}
 
 
 class Checkpoints:
@@ -102,13 +118,22 @@ class Checkpoints:
         return final
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole; a damaged one is named in a warning and passed over."""
+        """The newest checkpoint that is whole; called on rank 0, which holds the run's lock.
+
+        A damaged one is named in a warning and moved aside, so that the run can commit that step again and the
+        count of kept checkpoints is one of whole ones. What a killed writer left is removed.
+        """
+        for litter in self.folder.glob(".tmp-*"):
+            shutil.rmtree(litter, ignore_errors=True)
         for path in sorted(self.folder.glob("step-*"), reverse=True):
             try:
-                self._manifest(path)
+                read_manifest(path)
                 return path
             except FtrayError as error:
                 warnings.warn(f"{error}; trying the one before", stacklevel=2)
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
         return None
 
     def restore(
@@ -130,15 +155,10 @@ class Checkpoints:
         Raises:
             CheckpointError: one line, if it is damaged or belongs to something else.
         """
-        manifest = self._manifest(path)
+        manifest = read_manifest(path)
         for key in ("run", "structure", "data") if same_run else ("structure", "data"):
             if manifest["identity"][key] != self.identity[key]:
-                what = {
-                    "run": "another recipe",
-                    "structure": "another model or adapter",
-                    "data": "other data",
-                }
-                raise CheckpointError(f"{path}: was made with {what[key]}; give this run another `name`")
+                raise CheckpointError(f"{path}: was made with {_OTHER[key]}; give this run another `name`")
         tensors = load_file(path / "trainable.safetensors")
         if tensors.keys() != parameters.keys():
             odd = sorted(tensors.keys() ^ parameters.keys())[0]
@@ -149,14 +169,16 @@ class Checkpoints:
         load_state_tensors(parameters, optimizers, load_file(path / "optimizer.safetensors"))
         return State(**manifest["state"])
 
-    def _manifest(self, path: Path) -> dict[str, Any]:
-        try:
-            manifest: dict[str, Any] = read_json(path / MANIFEST)
-        except FtrayError as error:
-            raise CheckpointError(f"{path}: not a committed checkpoint ({error})") from None
-        verify_tree(path, manifest["files"], CheckpointError)
-        return manifest
-
     def _prune(self) -> None:
         for path in sorted(self.folder.glob("step-*"))[: -self.keep]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a whole checkpoint. Raises `CheckpointError` if it is not committed or is damaged."""
+    try:
+        manifest: dict[str, Any] = read_json(path / MANIFEST)
+    except FtrayError as error:
+        raise CheckpointError(f"{path}: not a committed checkpoint ({error})") from None
+    verify_tree(path, manifest["files"], CheckpointError)
+    return manifest

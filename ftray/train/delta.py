@@ -1,10 +1,11 @@
 """A run's result as a delta folder that plain PEFT, transformers and vLLM load."""
 
-import shutil
+import math
 from pathlib import Path
 from typing import Any
 
 from ftray.config.recipe import Recipe
+from ftray.core.fs import replace_dir
 from ftray.core.spec import dump
 from ftray.delta import manifest
 from ftray.model.folder import resolve_folder
@@ -31,9 +32,15 @@ def save_delta(
     recipe: Recipe, model: Any, run_dir: Path, feed: Feed, metrics: dict[str, float], state: State
 ) -> Path:
     """Write `run_dir/delta`: weights, tokenizer, chat template, model card and manifest; returns the folder."""
-    folder = run_dir / "delta"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    final = run_dir / "delta"
+    with replace_dir(final) as folder:
+        _write(recipe, model, folder, feed, metrics, state)
+    return final
+
+
+def _write(
+    recipe: Recipe, model: Any, folder: Path, feed: Feed, metrics: dict[str, float], state: State
+) -> None:
     tokenizer = load_tokenizer(recipe.model.tokenizer)
     recipe.adapt.save(model, folder, recipe.model.model_name_or_path)
     tokenizer.save_pretrained(folder)
@@ -51,9 +58,8 @@ def save_delta(
         chat_template_hash=chat_template_hash(tokenizer),
         recipe=dump(recipe),
         lineage={"data": [feed.digest], "run": recipe.name},
-        metrics=metrics,
+        metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
     )
-    return folder
 
 
 def _card(recipe: Recipe, kind: str, metrics: dict[str, float], state: State) -> str:
@@ -63,7 +69,7 @@ def _card(recipe: Recipe, kind: str, metrics: dict[str, float], state: State) ->
         base_line=f"base_model: {base}\n" if base else "",
         name=recipe.name,
         kind=kind.replace("_", "-"),
-        objective=dump(recipe.objective)["type"],
+        objective=type(recipe.objective).__name__,
         step=state.step,
         tokens=state.tokens,
         metrics="\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items()),

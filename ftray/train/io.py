@@ -12,6 +12,7 @@ from ftray.config.load import write_resolved
 from ftray.config.recipe import Recipe
 from ftray.core.errors import TrainError
 from ftray.core.fs import lock_file
+from ftray.core.types import Progress, no_progress
 from ftray.train.track import Sinks
 
 Record = dict[str, Any]
@@ -55,11 +56,17 @@ class LocalIO:
     Args:
         run_dir: the run's folder; made when needed.
         on_record: also called with every record, to draw progress.
+        on_prepare: progress of the preparation of rows.
     """
 
-    def __init__(self, run_dir: Path, on_record: Callable[[Record], None] | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        on_record: Callable[[Record], None] | None = None,
+        on_prepare: Progress = no_progress,
+    ) -> None:
         self.run_dir = Path(run_dir)
-        self._on_record = on_record
+        self._on_record, self._on_prepare = on_record, on_prepare
         self._sinks: Sinks | None = None
         self._lock: File[bytes] | None = None
 
@@ -67,10 +74,10 @@ class LocalIO:
         """Prepare in this process, or find what is prepared."""
         from ftray.data.prepare import prepare_local
 
-        train = prepare_local(recipe.data, recipe.model.tokenizer, "train")
+        train = prepare_local(recipe.data, recipe.model.tokenizer, "train", self._on_prepare)
         validation = None
         if recipe.data.validation:
-            validation = prepare_local(recipe.data, recipe.model.tokenizer, "validation")
+            validation = prepare_local(recipe.data, recipe.model.tokenizer, "validation", self._on_prepare)
         return train, validation
 
     def claim(self) -> None:

@@ -1,23 +1,28 @@
 """From a recipe to a finished run: in this process, or as a Ray Train worker group."""
 
+import json
 import os
+import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ftray.cluster.ray_session import session
 from ftray.config.recipe import Recipe
+from ftray.core import errors
 from ftray.core.errors import CheckpointError, FtrayError, TrainError
-from ftray.core.fs import read_json
+from ftray.core.fs import read_json, write_json
 from ftray.core.spec import dump, parse
 from ftray.core.types import Progress, no_progress
-from ftray.model.folder import resolve_folder
+from ftray.train.check import check_model
 from ftray.train.io import LocalIO, Record
 from ftray.train.run import Result
-from ftray.train.track.jsonl import FILE, read_records
+from ftray.train.track.jsonl import FILE
 from ftray.train.worker import train
+
+MISTAKE = "mistake.json"
+"""Written by a worker that meets a user's mistake, read and removed by the driver."""
 
 _POLL_S = 0.5
 _RAY_SETTINGS = {
@@ -54,10 +59,9 @@ def launch(
     run_dir = run_dir_of(recipe).resolve()
     if not resume and any((run_dir / "checkpoints").glob("step-*")):
         raise CheckpointError(f"{run_dir}: holds a run already; use `--resume`, or another `name`")
-    if recipe.model.init == "pretrained":
-        resolve_folder(recipe.model.model_name_or_path)  # a wrong base is told before rows are prepared
-    if recipe.strategy.num_workers == 1:
-        return train(recipe, LocalIO(run_dir, on_record))
+    check_model(recipe)  # a wrong base or adapter is told before rows are prepared and workers start
+    if recipe.strategy.in_process:
+        return train(recipe, LocalIO(run_dir, on_record, on_prepare))
     with session():
         return _launch_workers(recipe, run_dir, on_record, on_prepare)
 
@@ -80,6 +84,7 @@ def _launch_workers(
         os.environ.setdefault(key, value)
     strategy = recipe.strategy
     run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / MISTAKE).unlink(missing_ok=True)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -102,34 +107,52 @@ def _launch_workers(
         try:
             trainer.fit()
         except Exception as error:
-            raise _ours(error) from error
+            raise _mistake(run_dir) or _ours(error) from error
+    if mistake := _mistake(run_dir):
+        raise mistake
     saved = read_json(run_dir / "result.json")
     paths = {key: Path(saved[key]) for key in ("run_dir", "checkpoint", "delta")}
     return Result(**{**saved, **paths})
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """Body of one Ray Train worker: the same `train` as everywhere."""
+    """Body of one Ray Train worker: the same `train` as everywhere.
+
+    Ray Train starts a failed group again, which is right for a machine's fault and no use for a user's mistake:
+    that one is written down, and the next group ends at once for the driver to tell it.
+    """
     import torch
 
     from ftray.train.ray_io import RayIO
 
-    # Ray starts workers in a folder of its own; the recipe's relative paths mean the driver's.
+    run_dir = Path(config["run_dir"])
+    if (run_dir / MISTAKE).exists():
+        return
+    # Ray starts workers in a folder of its own; the recipe's relative paths and modules mean the driver's.
     if Path(config["cwd"]).is_dir():
         os.chdir(config["cwd"])
+        sys.path.insert(0, config["cwd"])
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    train(parse(Recipe, config["recipe"]), RayIO(Path(config["run_dir"]), config["shards"]))
+    try:
+        train(parse(Recipe, config["recipe"]), RayIO(run_dir, config["shards"]))
+    except FtrayError as error:
+        write_json(run_dir / MISTAKE, {"type": type(error).__name__, "message": str(error)})
+        raise
+
+
+def _mistake(run_dir: Path) -> FtrayError | None:
+    """What a worker wrote down about a user's mistake."""
+    if not (run_dir / MISTAKE).exists():
+        return None
+    told = read_json(run_dir / MISTAKE)
+    (run_dir / MISTAKE).unlink()
+    found: FtrayError = getattr(errors, told["type"], TrainError)(told["message"])
+    return found
 
 
 def _ours(error: BaseException) -> FtrayError:
-    """The worker's own error if it was one of ours, else one line that names the last cause."""
+    """One line that names the last cause of a worker group's failure."""
     failures = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, FtrayError):
-                return cause
-            cause = cause.__cause__ or getattr(cause, "cause", None)
     shown = next(iter(failures.values()), error)
     lines = str(shown).strip().splitlines()
     return TrainError(f"the worker group failed: {lines[-1] if lines else type(shown).__name__}")
@@ -154,12 +177,16 @@ class _Tail:
             self._thread.join()
 
     def _follow(self) -> None:
-        seen, began = 0, time.time()
+        # An older life of the run may have left its file; what it holds is no news.
+        offset = self._path.stat().st_size if self._path.is_file() else 0
         while not self._stop.wait(_POLL_S):
-            # An older life of the run may have left its file; only what is written from now on is news.
-            if not self._path.is_file() or self._path.stat().st_mtime < began:
+            if not self._path.is_file():
                 continue
-            records = read_records(self._path)
-            if len(records) > seen and self._on_record:
-                self._on_record(records[-1])
-            seen = len(records)
+            if self._path.stat().st_size < offset:  # a resumed run has written it anew
+                offset = 0
+            with self._path.open("rb") as file:
+                file.seek(offset)
+                lines = file.read().split(b"\n")
+            offset += sum(len(line) + 1 for line in lines[:-1])
+            if len(lines) > 1 and self._on_record:
+                self._on_record(json.loads(lines[-2]))

@@ -9,6 +9,7 @@ import torch
 from ftray.config.recipe import Recipe
 from ftray.core.fs import write_json
 from ftray.core.spec import dump
+from ftray.core.types import finite
 from ftray.optim.first_order import FirstOrder, StepReport
 from ftray.train.checkpoint import Checkpoints, State
 from ftray.train.clock import Clock
@@ -33,6 +34,8 @@ class Result:
     """Optimiser steps done."""
     tokens: int
     """Tokens seen over all ranks."""
+    bf16: bool
+    """Computed in bfloat16."""
     rows: dict[str, Any]
     """What became of the training rows: the counts of their manifest."""
 
@@ -111,13 +114,23 @@ class Run:
         state, run_dir = self.state, self.io.run_dir
         metrics = {} if state.loss is None else {"loss": state.loss}
         metrics |= self.validate()
-        self.io.log({"step": state.step, "progress": self.clock.progress(state.step), **metrics})
+        progress = self.clock.progress(state.step)
+        self.io.log({"step": state.step, "progress": progress, **metrics, "final": True})
         checkpoint, delta = self.commit(), None
         if self.recipe.strategy.dp_rank == 0:
             delta = save_delta(self.recipe, self.engine.policy.model, run_dir, self.feed, metrics, state)
             plot_run(run_dir)
-        result = Result(run_dir, checkpoint, delta, metrics, state.step, state.tokens, self.feed.counts)
+        result = Result(
+            run_dir,
+            checkpoint,
+            delta,
+            metrics,
+            state.step,
+            state.tokens,
+            bool(state.bf16),
+            self.feed.counts,
+        )
         if self.recipe.strategy.dp_rank == 0:
-            write_json(run_dir / "result.json", dump(result))
+            write_json(run_dir / "result.json", finite(dump(result)))
         self.recipe.strategy.barrier()
         return result

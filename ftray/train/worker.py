@@ -50,9 +50,10 @@ def one_step(run: Run, progress: float) -> float:
     report = run.engine.step(run.feed.batches(step), scale)
     check_finite(recipe, step, report)
     progress = run.advance(report, recipe.optim.learning_rate * scale)
-    if due(run.state.step, recipe.train.eval_steps) and progress < 1:
+    validates = due(run.state.step, recipe.train.eval_steps) and progress < 1
+    if validates:
         run.validate()
-    if due(run.state.step, recipe.train.logging_steps) or progress >= 1:
+    if validates or due(run.state.step, recipe.train.logging_steps) or progress >= 1:
         run.log()
     if due(run.state.step, recipe.train.save_steps):
         run.commit()
@@ -78,19 +79,19 @@ def begin(recipe: Recipe, io: IO, start_from: Path | None) -> Run:
     optimizers = recipe.optim.build(parameters)
     identity = run_identity(recipe, feed.digest)
     checkpoints = Checkpoints(io.run_dir / "checkpoints", identity, settings.save_total_limit)
-    own, state = checkpoints.newest(), State()
+    own: Path | None = strategy.share(checkpoints.newest() if main else None)
+    state = State()
     if source := own or start_from:
         state = checkpoints.restore(source, parameters, optimizers, same_run=own is not None)
-    state = choose_precision(recipe, model, state)
     engine = FirstOrder(
         Policy(model),
         recipe.objective,
         strategy,
         parameters,
         optimizers,
-        bf16=bool(state.bf16),
         max_grad_norm=settings.max_grad_norm,
     )
+    state = choose_precision(recipe, engine, feed, state)
     if main:
         io.open(recipe, state.step)
     clock = Clock(settings, len(feed.shards), strategy, state)

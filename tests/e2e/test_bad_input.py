@@ -1,6 +1,7 @@
 """A user's mistakes at the command line: one line that names what is wrong, exit code 2, no traceback."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -131,6 +132,73 @@ def test_folders_that_are_no_model(fails: Verb, recipe_file: Path, tmp_path: Pat
     (tmp_path / "empty").mkdir()
     line = fails("run", edit(recipe_file, "model.model_name_or_path", str(tmp_path / "empty")))
     assert "not a model folder, config.json is missing" in line
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "t5"}, "no causal language model can be built from this"),
+        ({"model_type": "nonsense"}, "nonsense"),
+        ({"model_type": "llama", "hidden_size": "abc"}, "hidden_size"),
+        ({"model_type": "llama", "hidden_size": 100, "num_attention_heads": 3}, "heads"),
+    ],
+)
+@pytest.mark.parametrize("init", ["pretrained", "config"])
+def test_configurations_that_make_no_model(
+    fails: Verb,
+    recipe_file: Path,
+    tiny_base: Path,
+    tmp_path: Path,
+    config: dict[str, Any],
+    message: str,
+    init: str,
+) -> None:
+    if init == "config":
+        edit(
+            recipe_file,
+            "model",
+            {"init": "config", "config": config, "tokenizer_name_or_path": str(tiny_base)},
+        )
+    else:
+        shutil.copytree(tiny_base, tmp_path / "base")
+        (tmp_path / "base/config.json").write_text(json.dumps(config))
+        edit(recipe_file, "model.model_name_or_path", str(tmp_path / "base"))
+    assert message in fails("run", recipe_file)
+
+
+def test_half_fetched_model(fails: Verb, recipe_file: Path, tiny_base: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (base / "model.safetensors").rename(base / "model-00001-of-00002.safetensors")
+    files = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    line = fails("run", edit(recipe_file, "model.model_name_or_path", str(base)))
+    assert "model-00002-of-00002.safetensors: missing, though the index names it" in line
+
+
+def test_rows_longer_than_the_model(fails: Verb, recipe_file: Path) -> None:
+    assert "4096 is more than the model's 512 positions" in fails("run", recipe_file, "data.max_length=4096")
+
+
+def test_check_names_the_bad_row(fails: Verb, recipe_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "good"}\n{broken\n')
+    line = fails("check", edit(recipe_file, "data.train", str(file)))
+    assert line.startswith(f"{file}: 1 rows cannot be used; the first at line 2 (byte 17)")
+
+
+def test_own_code_beside_the_recipe(recipe_file: Path, tmp_path: Path) -> None:
+    """The installed command finds a module in the folder the user stands in."""
+    (tmp_path / "mine.py").write_text(
+        "from ftray.core.spec import spec\nfrom ftray.objective.lm import SupervisedFineTuning\n\n"
+        "@spec\nclass Mine(SupervisedFineTuning):\n    pass\n"
+    )
+    edit(recipe_file, "objective", "mine:Mine")
+    ftray = Path(sys.executable).with_name("ftray")
+    done = subprocess.run(
+        [ftray, "run", recipe_file, "train.max_steps=1"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_delta_of_another_base(fails: Verb, make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from ftray.config.recipe import Recipe
 from ftray.core.fs import write_bytes
 from ftray.core.spec import spec
+from ftray.core.types import finite
 
 FILE = "metrics.jsonl"
 
@@ -19,7 +20,8 @@ class Jsonl:
         """Open for appending; records of steps that will be done again are dropped first."""
         del recipe
         path = run_dir / FILE
-        kept = [record for record in read_records(path) if record["step"] <= from_step]
+        earlier = [record for record in read_records(path) if record["step"] <= from_step]
+        kept = [record for record in earlier if not record.get("final")]  # it will be written again
         write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         return JsonlSink(path)
 
@@ -32,7 +34,7 @@ class JsonlSink:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line."""
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(finite(record)) + "\n")
 
     def close(self) -> None:
         """Close the file."""

@@ -28,7 +28,7 @@ class TensorBoardSink:
     def log(self, record: dict[str, Any]) -> None:
         """One scalar for every number but the step."""
         for key, value in record.items():
-            if key != "step" and isinstance(value, int | float):
+            if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
                 self._writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:

@@ -19,7 +19,9 @@ def test_a_sound_recipe(make_recipe: MakeRecipe) -> None:
 def test_a_row_without_targets_is_told(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "completion": ""}\n' * 3)
-    with pytest.raises(DataError, match=r"rows\.jsonl.*3 of 3 rows cannot be used"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl: 3 rows cannot be used; the first at line 1 \(byte 0\)"
+    ):
         list(check_recipe(make_recipe(data__train=str(file))))
 
 

@@ -14,6 +14,8 @@ from ftray.core.errors import CheckpointError, TrainError
 from ftray.delta import manifest
 from ftray.model.build import load_model
 from ftray.model.identity import base_identity
+from ftray.testing import tiny
+from ftray.train.checkpoint import read_manifest
 from ftray.train.io import LocalIO
 from ftray.train.ray_launch import launch
 from ftray.train.track.jsonl import read_records
@@ -105,7 +107,7 @@ def test_launch_refuses_to_run_over_a_run(make_recipe: MakeRecipe) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"optim__learning_rate": 1.0}, "another recipe"), ({"adapt__r": 8}, "another recipe")],
+    [({"optim__learning_rate": 1.0}, "other settings"), ({"adapt__r": 8}, "another base or adapter")],
 )
 def test_resume_of_another_recipe_is_refused(
     make_recipe: MakeRecipe, change: dict[str, Any], message: str
@@ -125,8 +127,67 @@ def test_damaged_checkpoint_is_passed_over(make_recipe: MakeRecipe) -> None:
     data[-5] ^= 1
     file.write_bytes(data)
     with pytest.warns(UserWarning, match="not what was committed"):
-        assert run(recipe).step == 6
-    assert losses(recipe) == losses(make_recipe("whole", **changes))
+        again = run(recipe)
+    assert again.step == 6 and losses(recipe) == losses(make_recipe("whole", **changes))
+    kept = sorted(path.name for path in result.checkpoint.parent.glob("step-*"))
+    assert kept == ["step-00000002", "step-00000004", "step-00000006"]
+    for name in kept:
+        read_manifest(result.checkpoint.parent / name)  # raises for a damaged one
+
+
+def test_damaged_last_checkpoint_is_written_again(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(train__save_steps=3)
+    first = run(recipe)
+    file = first.checkpoint / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    litter = first.checkpoint.parent / ".tmp-step-00000009-dead"
+    litter.mkdir()
+    with pytest.warns(UserWarning, match="not what was committed"):
+        again = run(recipe)
+    assert again.checkpoint == first.checkpoint and again.metrics == first.metrics and not litter.exists()
+    read_manifest(again.checkpoint)
+    records = read_records(again.run_dir / "metrics.jsonl")
+    assert sum(bool(record.get("final")) for record in records) == 1
+
+
+def test_resume_over_another_base_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    base = tiny.tiny_base(tmp_path / "base", seed=1)
+    recipe = make_recipe(model__model_name_or_path=str(base))
+    run(recipe, stop_at=2)
+    moved = base.rename(tmp_path / "moved")
+    assert run(make_recipe(model__model_name_or_path=str(moved)), stop_at=4).step == 4
+    tiny.tiny_base(base, seed=2)
+    with pytest.raises(CheckpointError, match="another base or adapter"):
+        run(recipe)
+
+
+@pytest.mark.parametrize("optim", ["muon", "adamw"])
+@pytest.mark.parametrize("bf16", [True, "auto"])
+def test_bf16_goes_on_as_if_never_stopped(make_recipe: MakeRecipe, optim: str, bf16: bool | str) -> None:
+    changes: dict[str, Any] = {"optim": {"type": optim}, "adapt": "full", "train__bf16": bf16}
+    whole, parts = make_recipe("whole", **changes), make_recipe("parts", **changes)
+    first = run(parts, stop_at=3)
+    # `auto` may decide either way; a resumed run keeps what it began with.
+    whole = make_recipe("whole", **{**changes, "train__bf16": first.bf16})
+    assert run(whole).bf16 == run(parts).bf16
+    assert losses(parts) == losses(whole)
+
+
+def test_infinite_loss_moves_nothing(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(objective={"type": "tests.slow_objective:Infinite"}, train__nan_policy="skip")
+    records = read_records(run(recipe).run_dir / "metrics.jsonl")
+    assert [record["skipped"] for record in records if "skipped" in record] == [1] * 6
+    assert records[0]["loss"] is None and math.isfinite(records[0]["grad_norm"])
+
+
+def test_validation_is_logged_whenever_it_is_made(make_recipe: MakeRecipe) -> None:
+    changes = {"train__eval_steps": 2, "train__logging_steps": 3, "train__max_steps": 8}
+    records = read_records(run(make_recipe(**changes)).run_dir / "metrics.jsonl")
+    assert [record["step"] for record in records if "eval_loss" in record] == [2, 4, 6, 8]
+
+
+def test_one_tracker_by_name(make_recipe: MakeRecipe) -> None:
+    assert make_recipe(tracking="wandb").tracking == make_recipe(tracking=["wandb"]).tracking
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
