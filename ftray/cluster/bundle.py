@@ -29,7 +29,19 @@ _DATA_SUFFIXES = {
     ".safetensors",
 }
 _SECRET_NAMES = (
-    *(".env*", ".git", ".ssh", ".aws", ".azure", ".gnupg", ".kube", ".docker", ".netrc", ".pgpass", ".pypirc"),
+    *(
+        ".env*",
+        ".git",
+        ".ssh",
+        ".aws",
+        ".azure",
+        ".gnupg",
+        ".kube",
+        ".docker",
+        ".netrc",
+        ".pgpass",
+        ".pypirc",
+    ),
     *(".npmrc", ".git-credentials", "*.pem", "*.key", "*.p12", "*.pfx", "*.keytab", "id_rsa*", "id_ed25519*"),
 )
 _NOT_NEEDED = ("venv", "__pycache__")
@@ -77,6 +89,8 @@ def collect(job: JobConfig) -> Bundle:
         if not root.is_dir():
             raise ConfigError(f"working_dir: {job.working_dir!r} is not a folder; check the path")
         _add(bundle, root, root)
+        if Path(job.config).is_file():
+            _add(bundle, Path(job.config), root)  # it was named, so it may be hidden
     elif job.config:
         _add(bundle, Path(job.config), Path())
         overrides = [
@@ -171,7 +185,7 @@ def _add(bundle: Bundle, path: Path, root: Path) -> list[Path]:
     named = _inside(path, root)
     if not path.exists():
         raise ConfigError(f"{path}: no such file; check the path")
-    if any(map(_is_secret, named.parts)):
+    if any(map(_is_secret, (*named.parts, *Path(os.path.relpath(path, root)).parts))):
         raise ConfigError(f"{path}: a secret by its name, which is not sent; put it on the cluster's nodes")
     members = [path] if path.is_file() else [item for item in sorted(path.rglob("*")) if item.is_file()]
     new = []

@@ -77,6 +77,70 @@ def test_a_working_dir_is_sent_whole_without_secrets(project: Path) -> None:
     )
 
 
+def test_hidden_files_and_secrets_of_a_folder_stay_here_and_are_named(project: Path) -> None:
+    for name in (
+        ".env.local",
+        ".git/config",
+        ".aws/credentials",
+        ".config/other",
+        "data/.netrc",
+        "data/tls.pem",
+        "data/Server.KEY",
+        "data/id_rsa",
+        "venv/bin/python",
+        "__pycache__/mine.pyc",
+    ):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("secret")
+    (project / "base" / "notes.txt").symlink_to("../.env")
+    job = JobConfig(name="j", config="recipe.yaml", working_dir=".")
+    bundle = collect(job)
+    assert set(bundle.files) == {
+        "recipe.yaml",
+        "tune.yaml",
+        "mine.py",
+        "base/config.json",
+        "runs/old.bin",
+        *(f"data/{name}.jsonl" for name in ("a", "b", "other")),
+    }
+    hidden = {".env", ".env.local", ".git", ".aws", ".config", "data/.netrc"}
+    assert set(bundle.withheld) == hidden | {
+        "data/tls.pem",
+        "data/Server.KEY",
+        "data/id_rsa",
+        "base/notes.txt",
+    }
+
+
+def test_a_link_out_of_the_folder_is_not_followed(project: Path) -> None:
+    outside = project.parent / "private.jsonl"
+    outside.write_text("private")
+    link = project / "base" / "linked.json"
+    link.symlink_to(outside)
+    for job in ({"config": "recipe.yaml"}, {"config": "recipe.yaml", "working_dir": "."}):
+        with pytest.raises(ConfigError, match=r"base/linked\.json lies outside .*; copy the file there"):
+            collect(JobConfig(name="j", **job))  # type: ignore[arg-type]
+    link.unlink()
+    link.symlink_to("config.json")
+    assert "base/linked.json" in collect(JobConfig(name="j", config="recipe.yaml")).files
+
+
+@pytest.mark.parametrize("name", [".env", "data/tls.pem", "data/harmless.txt"])
+def test_a_secret_that_is_named_is_refused(project: Path, name: str) -> None:
+    (project / "data" / "tls.pem").write_text("secret")
+    (project / "data" / "harmless.txt").symlink_to("tls.pem")
+    with pytest.raises(ConfigError, match=f"{name}: a secret by its name"):
+        collect(JobConfig(name="j", config="recipe.yaml", files=[name]))
+
+
+def test_a_hidden_file_that_is_named_is_sent(project: Path) -> None:
+    (project / ".jobs").mkdir()
+    (project / ".jobs" / "r.yaml").write_text((project / "recipe.yaml").read_text())
+    for working_dir in ("", "."):
+        job = JobConfig(name="j", config=".jobs/r.yaml", working_dir=working_dir)
+        assert ".jobs/r.yaml" in collect(job).files
+
+
 @pytest.mark.parametrize(
     ("job", "message"),
     [
