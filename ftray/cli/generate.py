@@ -25,23 +25,23 @@ def command(
     address: Annotated[str, typer.Option(help="Ray cluster; else RAY_ADDRESS or this machine.")] = "",
 ) -> None:
     """Batch inference of a JSON lines file."""
-    import yaml
-
     from ftray.cli.screen import bar, out
     from ftray.cluster.ray_session import session
+    from ftray.config.load import parse_yaml
     from ftray.core.spec import build_piece
     from ftray.engine.api import Sampling
     from ftray.engine.ray_generate import Job, generate
     from ftray.model.folder import resolve_folder
     from ftray.registry.local import Registry
 
+    _check_output(source, output)
     folder: str | None = None
     if delta:
         is_folder = Path(delta).is_dir()
         folder = str(Path(delta).resolve() if is_folder else Registry(registry).resolve(delta).path.resolve())
     job = Job(
         base=str(resolve_folder(base)),
-        engine=build_piece("engine", yaml.safe_load(engine)),
+        engine=build_piece("engine", parse_yaml(engine, "--engine")),
         delta=folder,
         sampling=Sampling(
             max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ())
@@ -53,3 +53,14 @@ def command(
     if done.quarantine:
         text = f"{done.quarantine}: {done.num_quarantined} rows quarantined, each with its reason"
         out.print(text, highlight=False, soft_wrap=True)
+
+
+def _check_output(source: Path, output: Path) -> None:
+    """Refuse to replace the rows by their answers, or by the quarantine that lies beside the answers."""
+    from ftray.core.errors import DataError
+    from ftray.data.source import find_files
+
+    written = {path.resolve() for path in (output, output.with_name(output.name + ".quarantine.jsonl"))}
+    for file in find_files([str(source)]):
+        if file.resolve() in written:
+            raise DataError(f"{output}: would replace the rows in {file}; name another output")

@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -101,10 +101,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FtrayError as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:  # a full disk, a folder that may not be written, a file in a folder's place
+        if debug:
+            raise
+        cause = getattr(error, "cause", error)  # Ray's wrapper of what a worker raised
+        named = cause.filename is not None and cause.strerror is not None
+        _fail(f"{cause.filename}: {cause.strerror}" if named else str(cause) or type(cause).__name__)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

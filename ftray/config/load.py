@@ -40,18 +40,25 @@ def read_yaml(path: str | Path) -> Any:
     return _expand(_read(path), str(path))
 
 
+def parse_yaml(text: str, where: str) -> Any:
+    """Plain data of a YAML text. Raises `ConfigError` (one line) that begins with `where`."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{where}:{line} is not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: is not YAML: {' '.join(str(error).split())}") from None
+
+
 def _read(path: str | Path) -> Any:
     try:
-        return yaml.load(Path(path).read_text("utf-8"), _Loader)
+        text = Path(path).read_text("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}:{line} is not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    return parse_yaml(text, str(path))
 
 
 def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:

@@ -30,6 +30,17 @@ def fsync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let an `OSError` that names no file (a write to a full disk) name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def commit_dir(final: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes `final` when the block ends without an error.
 
@@ -40,7 +51,8 @@ def commit_dir(final: Path) -> Iterator[Path]:
     tmp = final.parent / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
     tmp.mkdir()
     try:
-        yield tmp
+        with _named(final):
+            yield tmp
         for path in [*tmp.rglob("*"), tmp]:
             fsync_path(path)
         try:
@@ -79,7 +91,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
     try:
-        with tmp.open("wb") as file:
+        with _named(path), tmp.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -156,3 +156,11 @@ def test_json_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(FtrayError, match=name) as raised:
             fs.read_json(tmp_path / name)
         assert "\n" not in str(raised.value)
+
+
+def test_an_error_without_a_file_names_the_one_that_was_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as raised, commit_dir(tmp_path / "final"):
+        raise OSError(28, "No space left on device")
+    assert raised.value.filename == str(tmp_path / "final")
+    with pytest.raises(OSError, match="a message of its own"), commit_dir(tmp_path / "final"):
+        raise OSError("a message of its own")
