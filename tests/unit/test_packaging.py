@@ -74,3 +74,13 @@ def test_a_changed_pin_installs_again(tmp_path: Path) -> None:
     newer_s = (tmp_path / ".venv" / ".installed").stat().st_mtime + 5
     os.utime(tmp_path / "constraints.txt", (newer_s, newer_s))
     assert "install --constraint constraints.txt" in plan()
+
+
+def test_the_documents_are_filled_in() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    holes = {f"{page.relative_to(ROOT)}: {line}" for page in pages for line in _lines_with(page, "@@")}
+    assert not holes, f"a measurement is still to be put in: {sorted(holes)}"
+
+
+def _lines_with(page: Path, mark: str) -> list[str]:
+    return [line for line in page.read_text("utf-8").splitlines() if mark in line]
