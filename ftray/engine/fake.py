@@ -26,6 +26,10 @@ class ByteTokenizer:
     def __len__(self) -> int:
         return _EOS + 1
 
+    def get_vocab(self) -> dict[str, int]:
+        """Tokens by their text."""
+        return {chr(token): token for token in range(_EOS + 1)}
+
     def encode(self, text: str, **_: Any) -> list[int]:
         """Tokens of a text."""
         return list(text.encode())

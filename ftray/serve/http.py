@@ -15,6 +15,7 @@ from ftray.core.errors import RequestError
 from ftray.engine import api
 from ftray.serve import errors, schema, stream
 from ftray.serve.backend import Backend, ServedModel, Unavailable
+from ftray.serve.limits import Bodies, Deadline
 from ftray.serve.metrics import UNKNOWN, Metrics
 from ftray.serve.prompts import Prompts
 from ftray.serve.replies import Reply, error_body, model_card
@@ -22,10 +23,12 @@ from ftray.serve.tenants import Access
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 8 * 2**20
+_INLINE_BODY_BYTES = 32 * 2**10
 _OPEN_PATHS = frozenset({"/healthz"})
 _CHAT_MAX_TOKENS = 1024
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default of this endpoint
+
+Body = schema.ChatBody | schema.CompletionBody
 
 
 def create_app(
@@ -105,6 +108,7 @@ class _Endpoint:
         self._backend = backend
         self._access = access
         self._timeout_s = request_timeout_s
+        self._bodies = Bodies()
         self._created = int(time.time())
         self._metrics = Metrics()
         self._known = frozenset(model.id for model in models)
@@ -140,12 +144,17 @@ class _Endpoint:
         return await self._counted(request, schema.CompletionBody)
 
     async def _counted(self, request: Request, cls: Any) -> Response:
-        label, status = UNKNOWN, 500
+        label, status, deadline = UNKNOWN, 500, Deadline(self._timeout_s)
         try:
-            body = schema.parse(await _read(request), cls)
-            model = self._access.find(request.state.tenant, body.model)
-            label = model.id
-            response = await self._answer(request, body, model)
+            async with deadline.kept(), self._bodies.read(request) as data:
+                body = await _parsed(data, cls)
+                model = self._access.find(request.state.tenant, body.model)
+                label = model.id
+                inner = await self._prepared(body, model)
+                reply = Reply(inner.id, model, isinstance(body, schema.ChatBody), len(inner.prompt_ids))
+                usage = body.include_usage if body.stream else None
+                del data, body  # they may be large, and the answer may take long
+            response = await self._answer(request, inner, reply, usage, deadline)
             status = response.status_code
             return response
         except RequestError as error:
@@ -160,21 +169,25 @@ class _Endpoint:
         finally:
             self._metrics.requests.labels(label if label in self._known else UNKNOWN, status).inc()
 
-    async def _answer(
-        self, request: Request, body: schema.ChatBody | schema.CompletionBody, model: ServedModel
-    ) -> Response:
-        arrived = time.monotonic()
-        chat = isinstance(body, schema.ChatBody)
-        ids = await self._prompts.tokens(body)
+    async def _prepared(self, body: Body, model: ServedModel) -> api.Request:
+        """What the engine is asked."""
         info = await self._backend.info()
-        room = max(1, info.max_length - len(ids))
-        default = min(room, _CHAT_MAX_TOKENS if chat else _COMPLETION_MAX_TOKENS)
-        inner = api.Request(
-            id=uuid.uuid4().hex, prompt_ids=ids, delta=model.delta, sampling=body.sampling(default)
-        )
-        reply = Reply(inner.id, model, chat, len(ids))
-        outputs = self._timed(inner, model, arrived)
-        if not body.stream:
+        ids = await self._prompts.tokens(body, info.max_length)
+        most = _CHAT_MAX_TOKENS if isinstance(body, schema.ChatBody) else _COMPLETION_MAX_TOKENS
+        sampling = body.sampling(min(max(1, info.max_length - len(ids)), most))
+        return api.Request(id=uuid.uuid4().hex, prompt_ids=ids, delta=model.delta, sampling=sampling)
+
+    async def _answer(
+        self,
+        request: Request,
+        inner: api.Request,
+        reply: Reply,
+        include_usage: bool | None,
+        deadline: Deadline,
+    ) -> Response:
+        """The whole answer if `include_usage` is None, else a stream of it."""
+        outputs = self._timed(inner, reply.model, deadline)
+        if include_usage is None:
             return await stream.unless_gone(request.receive, _whole(reply, outputs))
         # The first token is awaited here, so that whatever is refused gets a status and not a broken stream.
         try:
@@ -182,29 +195,23 @@ class _Endpoint:
         except BaseException:
             await outputs.aclose()
             raise
-        events = _events(reply, first, outputs, body.include_usage)
-        return stream.EventStream(events, reply.headers)
+        return stream.EventStream(_events(reply, first, outputs, include_usage), reply.headers)
 
     async def _timed(
-        self, inner: api.Request, model: ServedModel, arrived: float
+        self, inner: api.Request, model: ServedModel, deadline: Deadline
     ) -> AsyncGenerator[api.Output, None]:
         """The backend's outputs, counted, within the time limit."""
         tokens, first = self._metrics.tokens, True
-        deadline = asyncio.get_running_loop().time() + arrived + self._timeout_s - time.monotonic()
         outputs = self._backend.generate(inner)
         self._metrics.in_flight.inc()
         try:
             while True:
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        output = await anext(outputs)
-                except StopAsyncIteration:
+                async with deadline.kept():
+                    output = await anext(outputs, None)
+                if output is None:
                     return
-                except TimeoutError:
-                    message = f"the request took more than {self._timeout_s:g} s"
-                    raise RequestError(message, status=504, code="timeout") from None
                 if first:
-                    self._metrics.first_token.labels(model.id).observe(time.monotonic() - arrived)
+                    self._metrics.first_token.labels(model.id).observe(deadline.elapsed_s)
                     tokens.labels(model.id, "prompt").inc(len(inner.prompt_ids))
                     first = False
                 tokens.labels(model.id, "completion").inc(len(output.token_ids))
@@ -266,12 +273,8 @@ def _raise_if_failed(output: api.Output) -> None:
         raise RequestError(output.error or "the engine failed", status=500, code="generation_failed")
 
 
-async def _read(request: Request) -> bytes:
-    """The body, up to a limit that holds whatever the headers say."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise RequestError(f"the body has more than {MAX_BODY_BYTES} bytes", status=413, code="too_large")
-        parts.append(part)
-    return b"".join(parts)
+async def _parsed(data: bytes, cls: type[schema.Body]) -> schema.Body:
+    """A body; a large one is parsed off the event loop."""
+    if len(data) <= _INLINE_BODY_BYTES:
+        return schema.parse(data, cls)
+    return await asyncio.to_thread(schema.parse, data, cls)

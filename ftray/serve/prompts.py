@@ -1,7 +1,9 @@
 """From messages and texts to tokens, by the base's own tokenizer and chat template and nothing a client sends."""
 
 import asyncio
-import threading
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jinja2 import TemplateError
@@ -9,60 +11,78 @@ from jinja2 import TemplateError
 from ftray.core.errors import RequestError
 from ftray.serve.schema import ChatBody, CompletionBody
 
-_INLINE_CHARS = 20_000
+_SHORT_CHARS = 20_000
+_MESSAGE_CHARS = 20
+"""What rendering a message costs, in characters to tokenise."""
 
 
-class Prompts:
-    """Renders and tokenises prompts; long ones outside the event loop."""
+class _Lane:
+    """One thread with a tokenizer of its own, which keeps state between calls and so takes one at a time."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ftray-prompts")
 
-    async def tokens(self, body: ChatBody | CompletionBody) -> list[int]:
+    async def run(self, function: Callable[[Any], list[int]]) -> list[int]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, self._tokenizer)
+
+
+class Prompts:
+    """Renders and tokenises prompts, off the event loop; short ones do not wait for long ones."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._vocabulary = len(tokenizer)
+        self._longest_token = max(len(token) for token in tokenizer.get_vocab())
+        self._short, self._long = _Lane(tokenizer), _Lane(copy.deepcopy(tokenizer))
+
+    async def tokens(self, body: ChatBody | CompletionBody, max_length: int) -> list[int]:
         """A request's prompt tokens.
 
+        Args:
+            body: the request.
+            max_length: tokens the engine takes; what is longer beyond doubt is refused before any work.
+
         Raises:
-            RequestError: if the base has no chat template, the template refuses the messages, or a token id does
-                not exist.
+            RequestError: if it is too long, the base has no chat template, the template refuses the messages, or
+                a token id does not exist.
         """
         if isinstance(body, ChatBody):
             messages = [message.plain() for message in body.messages]
-            size = sum(len(message["content"]) for message in messages)
-            return await self._run(size, self._render, messages)
+            chars = sum(len(message["content"]) for message in messages)
+            self._check_length(len(messages), chars, max_length, "messages")
+            size = chars + _MESSAGE_CHARS * len(messages)
+            return await self._lane(size).run(lambda tokenizer: _render(tokenizer, messages))
         prompt = body.prompt_of_one()
         if isinstance(prompt, str):
-            return await self._run(len(prompt), self._encode, prompt)
-        vocabulary = len(self._tokenizer)
-        if any(not 0 <= token < vocabulary for token in prompt):
-            raise RequestError(f"prompt: token ids are 0 to {vocabulary - 1} here", param="prompt")
+            self._check_length(1, len(prompt), max_length, "prompt")
+            return await self._lane(len(prompt)).run(lambda tokenizer: list(tokenizer.encode(prompt)))
+        self._check_length(len(prompt), 0, max_length, "prompt")
+        if any(not 0 <= token < self._vocabulary for token in prompt):
+            raise RequestError(f"prompt: token ids are 0 to {self._vocabulary - 1} here", param="prompt")
         return prompt
 
-    async def _run(self, size: int, function: Any, argument: Any) -> list[int]:
-        if size <= _INLINE_CHARS:
-            result: list[int] = function(argument)
-        else:
-            result = await asyncio.to_thread(function, argument)
-        return result
+    def _lane(self, size: int) -> _Lane:
+        return self._short if size <= _SHORT_CHARS else self._long
 
-    def _encode(self, text: str) -> list[int]:
-        with self._lock:
-            return list(self._tokenizer.encode(text))
-
-    def _render(self, messages: list[dict[str, str]]) -> list[int]:
-        if not self._tokenizer.chat_template:
+    def _check_length(self, num_parts: int, num_chars: int, max_length: int, param: str) -> None:
+        """Refuse what cannot fit: a message or id is at least a token, a token at most the longest one's text."""
+        if num_parts > max_length or num_chars > max_length * self._longest_token:
             raise RequestError(
-                "messages: this base has no chat template; use /v1/completions", param="messages"
+                f"{param}: longer than the {max_length} tokens taken here; shorten it",
+                code="context_length_exceeded",
+                param=param,
             )
-        try:
-            with self._lock:
-                ids = self._tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=True, return_dict=False
-                )
-        except TemplateError as error:
-            # Templates refuse in their own words, for example that roles must alternate.
-            reason = str(error).encode("utf-8", "replace").decode()[:200]
-            raise RequestError(
-                f"messages: the chat template refuses them: {reason}", param="messages"
-            ) from None
-        return list(ids)
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    if not tokenizer.chat_template:
+        raise RequestError("messages: this base has no chat template; use /v1/completions", param="messages")
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except TemplateError as error:
+        # Templates refuse in their own words, for example that roles must alternate.
+        reason = str(error).encode("utf-8", "replace").decode()[:200]
+        raise RequestError(f"messages: the chat template refuses them: {reason}", param="messages") from None
+    return list(ids)

@@ -27,6 +27,14 @@ MODELS = [
     ServedModel(id="beta@1", ref="beta@1", digest="xxh3:bbbb", folder="/deltas/beta"),
 ]
 
+ASK: list[Any] = [{"role": "user", "content": "hello"}]
+CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+
+
+def chat_body(**fields: Any) -> dict[str, Any]:
+    """A chat request that is answered, with changes."""
+    return {"model": "base", "messages": ASK, "temperature": 0} | fields
+
 
 @dataclass
 class Server:
