@@ -159,8 +159,8 @@ def test_json_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
 
 
 def test_an_error_without_a_file_names_the_one_that_was_written(tmp_path: Path) -> None:
-    with pytest.raises(OSError) as raised, commit_dir(tmp_path / "final"):
+    with pytest.raises(OSError) as raised, fs.commit_dir(tmp_path / "final"):
         raise OSError(28, "No space left on device")
     assert raised.value.filename == str(tmp_path / "final")
-    with pytest.raises(OSError, match="a message of its own"), commit_dir(tmp_path / "final"):
+    with pytest.raises(OSError, match="a message of its own"), fs.commit_dir(tmp_path / "final"):
         raise OSError("a message of its own")
