@@ -45,8 +45,14 @@ class ServeConfig:
     """What generates."""
     num_replicas: int = Field(default=1, ge=1)
     """Copies of the engine."""
+    num_cpus: float = Field(default=1, ge=0)
+    """CPUs of each copy, and its threads."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs of each copy."""
     tenants: list[TenantConfig] = Field(default_factory=list)
     """Who may ask; empty: anyone who reaches the address (loopback only)."""
+    metrics_key_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the key that may read `/metrics`, all of it, and nothing else; tenants see their own models."""
     max_queued_requests: int = Field(default=128, ge=0)
     """Requests that wait in each engine beyond those that run; more are answered 429 with `Retry-After`."""
     request_timeout_s: float = Field(default=300.0, gt=0)
@@ -55,3 +61,5 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not self.tenants and self.host not in ("127.0.0.1", "localhost", "::1"):
             raise ConfigError(f"host: {self.host!r} is reachable by others; add `tenants`, or use 127.0.0.1")
+        if self.metrics_key_sha256 and not self.tenants:
+            raise ConfigError("metrics_key_sha256: without `tenants` no key is asked for; leave it out")

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _INLINE_BODY_BYTES = 32 * 2**10
 _OPEN_PATHS = frozenset({"/healthz"})
+_METRICS_PATH = "/metrics"
 _CHAT_MAX_TOKENS = 1024
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default of this endpoint
 
@@ -52,7 +53,7 @@ def create_app(
     app = FastAPI(title="ftray", docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
     app.add_api_route("/healthz", endpoint.health, methods=["GET"])
-    app.add_api_route("/metrics", endpoint.metrics_text, methods=["GET"])
+    app.add_api_route(_METRICS_PATH, endpoint.metrics_text, methods=["GET"])
     app.add_api_route("/v1/models", endpoint.list_models, methods=["GET"])
     app.add_api_route("/v1/models/{name}", endpoint.show_model, methods=["GET"])
     app.add_api_route("/v1/chat/completions", endpoint.chat, methods=["POST"])
@@ -82,7 +83,8 @@ class _Shell:
             if scope["path"] not in _OPEN_PATHS:
                 headers = dict(scope["headers"])
                 key = headers.get(b"authorization", b"").decode("latin-1")
-                scope.setdefault("state", {})["tenant"] = self._access.authenticate(key)
+                tenant = self._access.authenticate(key, metrics=scope["path"] == _METRICS_PATH)
+                scope.setdefault("state", {})["tenant"] = tenant
             await self._app(scope, receive, watched)
         except RequestError as error:
             await errors.response(error)(scope, receive, send)

@@ -41,12 +41,12 @@ class Metrics:
         }
 
     def observe_engine(self, stats: EngineStats) -> None:
-        """Take over the engine's load."""
+        """Take over an engine's load; with several replicas, that of the one which was asked."""
         for name, gauge in self._engine.items():
             gauge.set(getattr(stats, name))
 
     def render(self, visible: Iterable[str] | None) -> bytes:
-        """The text format; `visible` limits series with a model label to these models."""
+        """The text format; with `visible`, the series of these models alone."""
         if visible is None:
             return generate_latest(self._registry)
         return generate_latest(_Visible(self._registry, frozenset(visible)))
@@ -62,8 +62,7 @@ class _Visible:
     def collect(self) -> Iterator[Metric]:
         for metric in self._registry.collect():
             metric.samples = [
-                sample
-                for sample in metric.samples
-                if "model" not in sample.labels or sample.labels["model"] in self._models
+                sample for sample in metric.samples if sample.labels.get("model") in self._models
             ]
-            yield metric
+            if metric.samples:
+                yield metric

@@ -3,11 +3,9 @@
 import contextlib
 import logging
 import os
-import socket
-import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import ray
 from ray import serve
@@ -19,8 +17,11 @@ from ray.serve.schema import LoggingConfig
 from ftray.config.load import load
 from ftray.config.serve import ServeConfig
 from ftray.core.errors import ClusterError, ConfigError
+from ftray.core.spec import replace
+from ftray.model.folder import resolve_folder
 from ftray.serve.backend import ServedModel
 from ftray.serve.models import resolve_models
+from ftray.serve.ray_head import free_port, on_head, url_of, wait_healthy
 from ftray.serve.ray_ingress import Ingress
 from ftray.serve.ray_replica import EngineReplica
 
@@ -39,27 +40,31 @@ class Handle:
 
     def stop(self) -> None:
         """Let answers in flight end for up to five seconds, then stop what serves; other applications stay."""
-        if set(serve.status().applications) - {_APP}:
-            serve.delete(_APP)
-        else:
-            _shutdown()
+        _stop()
 
 
 def build(args: dict[str, str]) -> Application:
     """The application for Ray Serve's own deployers (`serve deploy`, KubeRay's RayService).
 
     Args:
-        args: `{"config": "path/to/serve.yaml"}`. The deployer decides host and port; the file's `host` says
-            how far it reaches, so that a wide one still needs tenants.
+        args: `{"config": "path/to/serve.yaml"}`. The deployer decides host and port, and may listen to all the
+            world, so the file must name tenants.
     """
     if set(args) != {"config"}:
         raise ConfigError(f"args: {sorted(args)} is refused; write `args: {{config: path/to/serve.yaml}}`")
     config = load(ServeConfig, args["config"])
+    if not config.tenants:
+        raise ConfigError(f"{args['config']}: tenants: missing; whoever reaches the deployer's port may ask")
     return _application(config, resolve_models(config))
 
 
 def _application(config: ServeConfig, models: list[ServedModel]) -> Application:
-    engine = EngineReplica.options(num_replicas=config.num_replicas).bind(config, models)  # type: ignore[attr-defined]
+    if Path(config.base).expanduser().is_dir():  # replicas have working folders of their own
+        config = replace(config, "base", str(resolve_folder(config.base)))
+    engine = EngineReplica.options(  # type: ignore[attr-defined]
+        num_replicas=config.num_replicas,
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+    ).bind(config, models)
     return Ingress.bind(config, models, engine)  # type: ignore[attr-defined]
 
 
@@ -69,12 +74,13 @@ def run(config: ServeConfig) -> Handle:
     Raises:
         ConfigError, ModelError, DeltaError, RegistryError: for what the configuration names; before anything
             is started.
-        ClusterError: if there is no session, or Ray Serve cannot start it.
+        ClusterError: if there is no session, the cluster serves something already that is in the way, or Ray
+            Serve cannot start it.
     """
     if not ray.is_initialized():
         raise ClusterError("serve: there is no Ray session; open one with `session()` first")
     models = resolve_models(config)
-    port = _free_port(config)
+    port = _port(config)
     if os.environ.get("FTRAY_DEBUG", "0") in ("", "0"):
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -85,15 +91,46 @@ def run(config: ServeConfig) -> Handle:
             logging_config=quiet,
         )
         serve.run(_application(config, models), name=_APP, route_prefix="/", logging_config=quiet)
-        handle = Handle(f"http://{_reachable(config.host)}:{port}", models)
-        _wait_healthy(handle.url)
+        handle = Handle(url_of(config.host, port), models)
+        on_head(wait_healthy, handle.url, _HEALTHY_WITHIN_S)
     except (RayError, RuntimeError, TimeoutError) as error:
         with contextlib.suppress(RayError, RuntimeError):
-            _shutdown()
+            _stop()
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[-1][:300] if lines else type(error).__name__
         raise ClusterError(f"serve: Ray Serve could not start the endpoint: {reason}") from error
     return handle
+
+
+def _port(config: ServeConfig) -> int:
+    """The port to serve on, where nothing is in the way; 0 becomes a free one, or Ray Serve's if it runs."""
+    controller = _controller()
+    if controller is None:
+        return on_head(free_port, config.host, config.port)
+    options = ray.get(controller.get_http_config.remote(), timeout=30)
+    there = f"{options.host}:{options.port}"
+    if _APP in serve.status().applications:
+        raise ClusterError(f"serve: this cluster has an endpoint already, at {there}; stop it first")
+    if (options.host, options.port) != (config.host, config.port or options.port):
+        asked = f"{config.host}:{config.port}"
+        raise ClusterError(f"serve: Ray Serve listens at {there} on this cluster, not at {asked}; use that")
+    return int(options.port)
+
+
+def _stop() -> None:
+    """Stop our application, and Ray Serve itself if there is no other."""
+    if set(serve.status().applications) - {_APP}:
+        serve.delete(_APP)
+    else:
+        _shutdown()
+
+
+def _controller() -> Any:
+    """Ray Serve's controller; None if it does not run."""
+    try:
+        return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return None
 
 
 def _shutdown() -> None:
@@ -102,38 +139,7 @@ def _shutdown() -> None:
     The controller ends itself while it answers, and Ray tells the user that it will retry the call for ever;
     asked for no retry first, it goes in silence.
     """
-    with contextlib.suppress(ValueError, RayError):
-        controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-        ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=30)
+    with contextlib.suppress(RayError):
+        if controller := _controller():
+            ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=30)
     serve.shutdown()
-
-
-def _free_port(config: ServeConfig) -> int:
-    """The port asked for, or a free one for 0."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            reason = f"{config.host}:{config.port} cannot be bound ({error.strerror})"
-            raise ConfigError(f"port: {reason}; free it or choose another") from None
-        return int(probe.getsockname()[1])
-
-
-def _reachable(host: str) -> str:
-    """A host to connect to for one to listen on."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]" if ":" in host else host
-
-
-def _wait_healthy(url: str) -> None:
-    until = time.monotonic() + _HEALTHY_WITHIN_S
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url}/healthz", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            if time.monotonic() > until:
-                raise TimeoutError(f"{url}/healthz does not answer") from None
-            time.sleep(0.1)

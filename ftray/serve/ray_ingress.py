@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
@@ -44,6 +44,8 @@ class RayBackend:
                     started = True
                     yield item
                 return
+            except RayTaskError:
+                raise  # the replica lives; its mistake would be the same again
             except (RayError, RayServeException, Unavailable) as error:
                 if started or attempt == _ATTEMPTS:
                     raise Unavailable("the engine went away") from error
@@ -65,6 +67,8 @@ class RayBackend:
     async def _call(self, method: str) -> Any:
         try:
             return await getattr(self._engine, method).remote()
+        except RayTaskError:
+            raise
         except (RayError, RayServeException) as error:
             raise Unavailable("the engine does not answer") from error
 
@@ -87,7 +91,7 @@ class Ingress:
             models,
             Prompts(config.engine.load_tokenizer(config.base)),
             RayBackend(engine),
-            Access(config.tenants, models),
+            Access(config.tenants, models, config.metrics_key_sha256),
             request_timeout_s=config.request_timeout_s,
         )
 

@@ -1,15 +1,21 @@
 """The deployment that holds an engine: the base, its deltas and the thread that steps."""
 
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
+import torch
 from ray import serve
 
 from ftray.config.serve import ServeConfig
 from ftray.core.errors import RequestError
 from ftray.engine.api import EngineInfo, EngineStats, Output, Request
 from ftray.serve.backend import ServedModel, Unavailable
+from ftray.serve.errors import described, internal
 from ftray.serve.loop import EngineLoop
+from ftray.serve.models import load_models
+
+logger = logging.getLogger(__name__)
 
 MAX_ONGOING = 10_000
 """Far above what the engine's own bounded queue admits, so that it and not the router refuses the excess."""
@@ -29,6 +35,10 @@ class Refused:
         return RequestError(self.message, status=self.status, code=self.code, param=self.param)
 
 
+def _refused(error: RequestError) -> Refused:
+    return Refused(str(error), error.status, error.code, error.param)
+
+
 class Gone:
     """The engine of this replica has stopped; another may take the request if no token was sent."""
 
@@ -45,22 +55,24 @@ class EngineReplica:
     """One engine over one base."""
 
     def __init__(self, config: ServeConfig, models: Sequence[ServedModel]) -> None:
+        torch.set_num_threads(max(1, int(config.num_cpus)))
         engine = config.engine.build(config.base)
-        folders = {model.delta: model.folder for model in models if model.delta and model.folder}
-        for delta, folder in folders.items():
-            engine.load_delta(delta, folder)
+        load_models(engine, models)
         self._loop = EngineLoop(engine, config.engine.max_num_seqs + config.max_queued_requests).start()
 
     async def generate(self, request: Request) -> AsyncGenerator[Output | Refused | Gone, None]:
-        """Outputs of a request; a refusal or a stopped engine is said in band."""
+        """Outputs of a request; a refusal, a stopped engine and a mistake of ours are said in band."""
         outputs = self._loop.generate(request)
         try:
             async for output in outputs:
                 yield output
         except RequestError as error:
-            yield Refused(str(error), error.status, error.code, error.param)
+            yield _refused(error)
         except Unavailable:
             yield Gone()
+        except Exception as error:
+            logger.error("a request failed: %s", described(error))
+            yield _refused(internal())
         finally:
             await outputs.aclose()
 

@@ -13,19 +13,39 @@ BASE = "base"
 
 
 class Access:
-    """Keys to tenants, tenants to models. Without tenants everybody sees everything."""
+    """Keys to tenants, tenants to models. Without tenants everybody sees everything.
 
-    def __init__(self, tenants: Sequence[TenantConfig], models: Sequence[ServedModel]) -> None:
-        self._keys = [(bytes.fromhex(tenant.key_sha256), tenant.name) for tenant in tenants]
+    Args:
+        tenants: who may ask.
+        models: what is served.
+        metrics_key_sha256: of the operator's key, good for the metrics alone.
+
+    Raises:
+        ConfigError: if two of them cannot be told apart, or a tenant's delta is not served.
+    """
+
+    def __init__(
+        self,
+        tenants: Sequence[TenantConfig],
+        models: Sequence[ServedModel],
+        metrics_key_sha256: str | None = None,
+    ) -> None:
+        self._keys: list[tuple[bytes, str | None]] = [
+            (bytes.fromhex(tenant.key_sha256), tenant.name) for tenant in tenants
+        ]
+        operator = [bytes.fromhex(metrics_key_sha256)] if metrics_key_sha256 else []
+        self._metrics_keys = [*self._keys, *((key, None) for key in operator)]
         self._visible = {tenant.name: _visible(tenant, models) for tenant in tenants}
         self._everything = _index(models)
-        if len({key for key, _ in self._keys}) < len(self._keys):
-            raise ConfigError("tenants: two of them have the same key_sha256; give each its own key")
+        if len({key for key, _ in self._metrics_keys}) < len(self._metrics_keys):
+            raise ConfigError("tenants: two have the same key_sha256, or the metrics'; give each its own key")
         if len(self._visible) < len(tenants):
             raise ConfigError("tenants: two of them have the same name; give each its own")
 
-    def authenticate(self, authorization: str | None) -> str | None:
-        """The tenant of an `Authorization` header; None if there are no tenants at all.
+    def authenticate(self, authorization: str | None, *, metrics: bool = False) -> str | None:
+        """The tenant of an `Authorization` header; None, who sees everything, if there are no tenants at all.
+
+        With `metrics`, for the metrics alone, the operator's key is good too and gives None.
 
         Raises:
             RequestError: 401, the same for a missing and a wrong key.
@@ -34,14 +54,12 @@ class Access:
             return None
         scheme, _, key = (authorization or "").partition(" ")
         digest = hashlib.sha256(key.strip().encode()).digest()
-        found = None
         # Every key is compared, in constant time each, so that the time tells nothing.
-        for known, name in self._keys:
-            if hmac.compare_digest(known, digest):
-                found = name
-        if found is None or scheme.lower() != "bearer":
+        keys = self._metrics_keys if metrics else self._keys
+        found = [name for known, name in keys if hmac.compare_digest(known, digest)]
+        if not found or scheme.lower() != "bearer":
             raise RequestError("the API key is missing or not valid", status=401, code="invalid_api_key")
-        return found
+        return found[0]
 
     def models(self, tenant: str | None) -> list[ServedModel]:
         """What a tenant sees, each once."""

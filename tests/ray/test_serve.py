@@ -20,7 +20,7 @@ import pytest
 
 from ftray.config.load import write_resolved
 from ftray.config.serve import ServeConfig
-from ftray.core.errors import DeltaError
+from ftray.core.errors import ClusterError, DeltaError
 from ftray.core.spec import parse, replace
 from ftray.delta import manifest
 from ftray.engine.api import Request, Sampling
@@ -68,12 +68,18 @@ def config(base: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempP
         "registry": str(registry.root),
         "deltas": ["a", "b"],
         "port": 0,
+        "metrics_key_sha256": hashlib.sha256(b"operator").hexdigest(),
         "tenants": [
             {"name": "all", "key_sha256": hashlib.sha256(b"all").hexdigest(), "deltas": ["a", "b"]},
             {"name": "ann", "key_sha256": key, "deltas": ["a"]},
         ],
     }
     return parse(ServeConfig, settings)
+
+
+def _open(config: ServeConfig) -> ServeConfig:
+    """The same without keys."""
+    return replace(replace(config, "metrics_key_sha256", None), "tenants", [])
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +186,8 @@ def test_a_client_that_leaves_frees_its_blocks(handle: Any, endless: list[int], 
     url = f"{handle.url}/v1/completions"
 
     def blocks() -> float:
-        text = httpx.get(f"{handle.url}/metrics", headers=headers).text
+        operator = {"authorization": "Bearer operator"}
+        text = httpx.get(f"{handle.url}/metrics", headers=operator).text
         return float(text.partition("\nftray_engine_blocks_used ")[2].split()[0])
 
     if stream:
@@ -237,9 +244,46 @@ def test_a_delta_of_another_base_or_template_is_refused_before_anything_starts(
         manifest.write(folder, kind="low_rank", base=identity, chat_template_hash=template)
         Registry(config.registry).publish(folder, name)
         with pytest.raises(DeltaError) as caught:
-            run(replace(replace(config, "tenants", []), "deltas", [name]))
+            run(replace(_open(config), "deltas", [name]))
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_second_endpoint_is_refused_and_leaves_the_first_alone(
+    config: ServeConfig, client: openai.OpenAI, expected: dict[str, str]
+) -> None:
+    from ftray.serve.ray_app import run
+
+    with pytest.raises(ClusterError, match="has an endpoint already") as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
+    assert ask(client, "b") == expected["b"]
+
+
+def test_what_others_serve_outlives_a_start_that_fails(handle: Any, config: ServeConfig) -> None:
+    from ray import serve
+
+    from ftray.serve.ray_app import run
+
+    @serve.deployment
+    class Other:
+        def __call__(self) -> str:
+            return "other"
+
+    handle.stop()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        serve.run(Other.bind(), name="other", route_prefix="/")  # where ours would have to be
+        with pytest.raises(ClusterError, match=f"listens at 127.0.0.1:{port}"):
+            run(replace(config, "port", port + 1))
+        with pytest.raises(ClusterError, match="could not start"):
+            run(config)
+        assert httpx.get(f"http://127.0.0.1:{port}/", timeout=10).text == "other"
+    finally:
+        serve.shutdown()
 
 
 def test_the_command_serves_until_told_to_stop_and_leaves_no_process(
@@ -249,7 +293,7 @@ def test_the_command_serves_until_told_to_stop_and_leaves_no_process(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     file = tmp_path / "serve.yaml"
-    write_resolved(replace(config, "tenants", []), file)
+    write_resolved(_open(config), file)
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     process = subprocess.Popen(
         [sys.executable, "-m", "ftray.cli.main", "serve", str(file), f"port={port}", "deltas=[b]"],

@@ -266,6 +266,10 @@ def test_the_served_application_is_built_from_its_arguments(tiny_base: Path, tmp
     module, _, attribute = application["import_path"].partition(":")
     build = getattr(importlib.import_module(module), attribute)
     (tmp_path / "serve.yaml").write_text(f"base: {tiny_base}\n")
+    with pytest.raises(ConfigError, match="tenants"):  # the deployer may listen to all the world
+        build({"config": str(tmp_path / "serve.yaml")})
+    tenants = f"tenants: [{{name: ann, key_sha256: '{'0' * 64}'}}]"
+    (tmp_path / "serve.yaml").write_text(f"base: {tiny_base}\n{tenants}\n")
     assert isinstance(build({"config": str(tmp_path / "serve.yaml")}), Application)
     with pytest.raises(ConfigError, match="args"):
         build({"conf": "x"})

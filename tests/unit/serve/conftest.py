@@ -67,6 +67,7 @@ def serving(
     max_requests: int = 32,
     timeout_s: float = 20.0,
     engine: Any = None,
+    metrics_key_sha256: str | None = None,
     **settings: Any,
 ) -> Iterator[Server]:
     """Start an endpoint for the length of a block."""
@@ -76,7 +77,7 @@ def serving(
         if model.folder:
             engine.load_delta(model.digest, model.folder)
     loop = EngineLoop(engine, max_requests).start()
-    access = Access(tenants or [], MODELS)
+    access = Access(tenants or [], MODELS, metrics_key_sha256)
     prompts = Prompts(config.load_tokenizer("tiny"))
     app = create_app(MODELS, prompts, loop, access, request_timeout_s=timeout_s)
     with socket.socket() as listener:

@@ -18,10 +18,12 @@ from .conftest import MODELS, Serve
 ASK: list[Any] = [{"role": "user", "content": "hello"}]
 
 
+def sha256(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
 def tenant(name: str, deltas: list[str]) -> TenantConfig:
-    return TenantConfig(
-        name=name, key_sha256=hashlib.sha256(f"key-{name}".encode()).hexdigest(), deltas=deltas
-    )
+    return TenantConfig(name=name, key_sha256=sha256(f"key-{name}"), deltas=deltas)
 
 
 TENANTS = [tenant("ann", ["alpha"]), tenant("bob", ["beta"]), tenant("cid", [])]
@@ -83,6 +85,27 @@ def test_metrics_show_a_tenant_its_own_models(serve: Serve) -> None:
         }
     assert 'model="alpha"' in texts["ann"]
     assert "alpha" not in texts["bob"]
+    assert "ftray_engine_running " not in texts["ann"]  # that is the load of everybody
+
+
+def test_the_metrics_key_reads_all_metrics_and_nothing_else(serve: Serve) -> None:
+    headers = {"authorization": "Bearer key-operator"}
+    with serve(tenants=TENANTS, metrics_key_sha256=sha256("key-operator")) as server:
+        server.client("key-ann").chat.completions.create(model="alpha", messages=ASK)
+        text = httpx.get(server.url + "/metrics", headers=headers).text
+        assert 'model="alpha"' in text
+        assert "ftray_engine_running " in text
+        for path in ("/v1/models", "/v1/models/base", "/metrics/", "/nothing"):
+            assert httpx.get(server.url + path, headers=headers).status_code == 401
+        body = {"model": "base", "messages": ASK}
+        assert server.post("/v1/chat/completions", json=body, headers=headers).status_code == 401
+
+
+def test_a_metrics_key_must_be_one_of_its_own() -> None:
+    with pytest.raises(ConfigError, match="metrics"):
+        Access(TENANTS, MODELS, TENANTS[0].key_sha256)
+    with pytest.raises(ConfigError, match="metrics_key_sha256"):
+        parse(ServeConfig, {"base": "x", "engine": "fake", "metrics_key_sha256": "0" * 64})
 
 
 def test_the_base_answers_to_one_name_only() -> None:
