@@ -4,7 +4,6 @@ A request is admitted when a row and all the blocks it can ever need are free, s
 put off for memory. Prompts are computed in chunks within a token budget; rows of one delta stand together.
 """
 
-import bisect
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -129,7 +128,8 @@ class Scheduler:
     def schedule(self) -> list[Row]:
         """Rows of the next step, sorted by delta slot. `advance` must follow once it has run."""
         self._admit()
-        # One token is set aside for every running row, so a long prompt never stalls those that decode.
+        # One token is set aside for every running row, so a long prompt never stalls those that decode. The rest
+        # goes out in order of arrival, whatever the delta.
         spare = self._max_batch_tokens - len(self._running)
         rows = []
         for seq in self._running:
@@ -137,7 +137,7 @@ class Scheduler:
             length = min(due, 1 + spare)
             spare -= length - 1
             rows.append(Row(seq, seq.computed, length))
-        return rows
+        return sorted(rows, key=lambda row: row.seq.slot)
 
     def advance(self, rows: list[Row]) -> None:
         """Note that a step's keys and values are in the cache."""
@@ -183,7 +183,7 @@ class Scheduler:
             self._waiting.popleft()
             seq.blocks = self.pool.take(need)
             seq.row = self._free_rows.pop()
-            bisect.insort(self._running, seq, key=lambda member: member.slot)
+            self._running.append(seq)
 
     def _blocks_for(self, request: Request) -> int:
         # The last token generated is never fed back, so its keys and values need no place.

@@ -35,9 +35,35 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, allowed: set
     assert {sample(logits, [draws])[0] for _ in range(200)} == allowed
 
 
-def test_a_tiny_temperature_is_greedy() -> None:
-    logits = torch.tensor([[80.0, 79.9, -float("inf")]])
-    assert sample(logits, [Draws(Sampling(temperature=1e-4, seed=0))]) == [0]
+@pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-42, 5e-324])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([[79.9, 80.0, -float("inf")]])
+    assert sample(logits, [Draws(Sampling(temperature=temperature, seed=0))]) == [1]
+
+
+def test_the_vocabulary_is_sorted_for_those_alone_who_cut_it() -> None:
+    def sorts(*top_p: float) -> list[list[int]]:
+        draws = [Draws(Sampling(temperature=1.0, top_p=value, seed=1)) for value in top_p]
+        with torch.profiler.profile(record_shapes=True) as profile:
+            sample(torch.randn(len(draws), 100), draws)
+        return [event.input_shapes[0] for event in profile.events() or [] if event.name == "aten::sort"]
+
+    assert sorts(1.0, 1.0) == []
+    assert [100] not in (shapes := sorts(1.0, 0.9, 1.0)) and [1, 100] in shapes
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.99])
+def test_a_banned_token_is_never_drawn(top_p: float) -> None:
+    class Extreme(Draws):
+        def __init__(self, value: float) -> None:
+            super().__init__(Sampling(temperature=1.0, top_p=top_p))
+            self.value = value
+
+        def next(self) -> float:
+            return self.value
+
+    logits = torch.tensor([[-float("inf"), 0.0, 1.0, -float("inf")]])
+    assert [sample(logits, [Extreme(value)])[0] for value in (0.0, 1 - 2**-53)] in ([1, 2], [2, 1])
 
 
 def test_a_row_that_is_not_finite_gives_no_token() -> None:

@@ -51,6 +51,15 @@ def test_rows_of_one_delta_stand_together() -> None:
     assert [row.seq.slot for row in scheduler.schedule()] == [0, 1, 2, 2]
 
 
+def test_prompts_are_computed_in_order_of_arrival_whatever_their_delta() -> None:
+    scheduler = make(max_batch_tokens=8)
+    scheduler.add(request("first", 14), 3)
+    scheduler.add(request("second", 14), 0)
+    assert run_step(scheduler) == [("second", 0, 1), ("first", 0, 7)]
+    assert run_step(scheduler) == [("second", 1, 1), ("first", 7, 7)]
+    assert run_step(scheduler) == [("second", 2, 8)]
+
+
 def test_admission_waits_for_blocks_in_order_of_arrival() -> None:
     scheduler = make()
     scheduler.add(request("big", 16, 17), 0)  # 8 of 10 blocks
