@@ -6,6 +6,8 @@ from typing import Any, Protocol
 _WINDOW = 16
 _CONTEXT = 6
 _INCOMPLETE = "�"
+# A character has at most four bytes, and some tokenizers show one mark for each of the three it lacks the last of.
+_MAX_OPEN = 3
 
 
 class Decoder(Protocol):
@@ -27,29 +29,41 @@ class Detokeniser:
     def __init__(self, tokenizer: Decoder, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._window = list(prompt_ids[-_CONTEXT:])
-        self._known = self._decode(self._window).rstrip(_INCOMPLETE)
+        self._known = self._decode(self._window)
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """Add tokens; returns the text that is now certain."""
         self._window += token_ids
         text = self._decode(self._window)
-        if text.endswith(_INCOMPLETE) or len(text) <= len(self._known):
+        certain = text[: len(text) - min(_MAX_OPEN, _num_marks(text))]
+        if not (new := certain[self._num_known(text) :]):
             return ""
-        new = text[len(self._known) :]
-        self._known = text
+        self._known = certain
         if len(self._window) > _WINDOW:
             self._window = self._window[-_CONTEXT:]
-            self._known = self._decode(self._window)
+            tail = self._decode(self._window)
+            self._known = tail[: len(tail) - (len(text) - len(certain))]
         return new
 
     def finish(self) -> str:
         """The rest at the end of the tokens, without a character that was never completed."""
-        text = self._decode(self._window).rstrip(_INCOMPLETE)
-        new, self._known = text[len(self._known) :], text
+        text = self._decode(self._window)
+        new = text[: len(text) - _num_marks(text)][self._num_known(text) :]
+        self._known = text
         return new
+
+    def _num_known(self, text: str) -> int:
+        """Characters of `text` that are not new. A prompt may end inside one, which then changes."""
+        known = self._known
+        return len(known) if text.startswith(known) else len(known) - _num_marks(known)
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _num_marks(text: str) -> int:
+    """Marks of broken characters at the end."""
+    return len(text) - len(text.rstrip(_INCOMPLETE))
 
 
 class StopStrings:

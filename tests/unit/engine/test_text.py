@@ -1,6 +1,7 @@
 """Whole characters, and stop strings wherever they are split."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,29 @@ def test_a_prompt_that_ends_inside_a_character() -> None:
     data = list("ab🙂".encode())
     detokeniser = Detokeniser(ByteTokenizer(), data[:4])
     assert "".join(detokeniser.feed([byte]) for byte in data[4:]) == "🙂"
+
+
+@pytest.mark.parametrize("prompt", ["ab\ufffd".encode(), b"ab\xff", b"ab\xf0\x9f", b"\x9f" * 9])
+@pytest.mark.parametrize("answer", ["yes", "🙂"])
+def test_what_is_broken_in_the_prompt_is_not_shown(prompt: bytes, answer: str) -> None:
+    detokeniser = Detokeniser(ByteTokenizer(), list(prompt))
+    assert "".join(detokeniser.feed([byte]) for byte in answer.encode()) + detokeniser.finish() == answer
+
+
+@pytest.mark.parametrize("byte", [0xFF, 0x9F, 0xF0])
+def test_endless_broken_bytes_are_passed_on_and_forgotten(byte: int) -> None:
+    longest = 0
+
+    class Watched(ByteTokenizer):
+        def decode(self, token_ids: Sequence[int], **settings: object) -> str:
+            nonlocal longest
+            longest = max(longest, len(token_ids))
+            return super().decode(token_ids, **settings)
+
+    detokeniser = Detokeniser(Watched())
+    text = "".join(detokeniser.feed([byte]) for _ in range(500)) + detokeniser.feed(list(b"end"))
+    assert text == "\ufffd" * 500 + "end"
+    assert longest < 32
 
 
 def test_a_leading_space_survives_a_tokenizer_that_strips_it() -> None:
