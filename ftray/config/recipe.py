@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from ftray import catalog
 from ftray.core.errors import ConfigError
 from ftray.core.spec import Piece, spec
 from ftray.core.types import is_name
@@ -15,6 +16,11 @@ from ftray.core.types import is_name
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | dict) else value
+
+
+def _is_barrier(transform: Any) -> bool:
+    """As `ftray.data.transform.base.Barrier`, which a configuration does not import."""
+    return hasattr(transform, "keys") and hasattr(transform, "keep")
 
 
 Paths = Annotated[list[str], BeforeValidator(_as_list)]
@@ -61,8 +67,11 @@ class DataConfig:
     """Tokens in one row of training."""
     packing: bool = True
     """Put several documents into one row; attention and positions stay apart."""
-    overlong: Literal["split", "reject"] = "split"
-    """What happens to a document of more than `max_length` tokens; both are counted."""
+    overlong: Literal["split", "reject", "truncate_left"] = "split"
+    """What happens to a document of more than `max_length` tokens: cut into pieces, filtered out, or cut at the
+    left (never inside a reply); each is counted."""
+    stream: bool = False
+    """Train while the rows are prepared; refused with transforms that compare all rows first."""
     max_quarantine: float = Field(default=0.01, ge=0, le=1)
     """Fraction of unreadable rows above which preparation stops."""
     cache_dir: str = Field(default_factory=lambda: str(Path("~/.cache/ftray/data").expanduser()))
@@ -72,6 +81,12 @@ class DataConfig:
         # Field default factories are not validated, so names given above become objects here.
         built = [Piece("transform").func(item) for item in self.transforms]  # type: ignore[call-arg]
         object.__setattr__(self, "transforms", built)
+        barriers = [catalog.name_of(type(item)) or type(item).__name__ for item in built if _is_barrier(item)]
+        if self.stream and barriers:
+            raise ConfigError(
+                f"stream: `{'`, `'.join(barriers)}` must see all rows before the first is trained on; "
+                "leave out the transform, or set `stream: false`"
+            )
 
 
 @spec

@@ -127,6 +127,7 @@ def _write_manifest(folder: Path, identity: dict[str, Any], outcomes: Sequence[O
     with (folder / QUARANTINE).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in quarantined)
     filtered = sum((outcome.filtered for outcome in outcomes), Counter[str]())
+    changed = sum((outcome.changed for outcome in outcomes), Counter[str]())
     shards = [outcome.shard for outcome in outcomes if outcome.shard]
     for shard in shards:
         if not (folder / shard["file"]).is_file():
@@ -138,7 +139,9 @@ def _write_manifest(folder: Path, identity: dict[str, Any], outcomes: Sequence[O
         "rows": sum(outcome.rows for outcome in outcomes),
         "documents": sum(outcome.documents for outcome in outcomes),
         "split_documents": sum(outcome.split for outcome in outcomes),
+        "truncated_documents": sum(outcome.truncated for outcome in outcomes),
         "filtered": dict(sorted(filtered.items())),
+        "changed": dict(sorted(changed.items())),
         "quarantined": dict(Counter(record["reason"] for record in quarantined).most_common()),
         "packed_rows": sum(shard["rows"] for shard in shards),
         "tokens": sum(shard["tokens"] for shard in shards),

@@ -1,15 +1,14 @@
 """Spans to tokens: rendering by shape, labels and weights by span.
 
 `text` is a target from end to end; `prompt` + `completion` has a target completion; `messages` go through the
-tokenizer's own chat template, one assistant turn at a time: what stands before a turn (with the generation
-prompt) is context, what the turn adds (with its end of turn) is target. Context and target are tokenised
-apart, so training sees the same boundary as serving, which encodes the context before anything is generated.
+tokenizer's own chat template, one answer at a time (`ftray.data.chat`). Context and target are tokenised apart,
+so training sees the same boundary as serving, which encodes the context before anything is generated.
 """
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,25 +16,14 @@ import pyarrow as pa
 
 from ftray.core.errors import DataError
 from ftray.core.fs import digest_bytes, digest_json
+from ftray.data.chat import ChatTemplate, Segment
 from ftray.data.read import IGNORE_INDEX
 from ftray.data.rows import BadRow, Row, Span
 
+__all__ = ["Documents", "Segment", "Tokenised", "Tokeniser", "tokenise", "tokeniser"]
+
 # More documents per call made the tokenizer slower, fewer made the calls count.
 _DOCUMENTS_PER_CALL = 64
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of a document that is tokenised by itself."""
-
-    text: str
-    """The rendered characters."""
-    weight: float = 0.0
-    """Weight of its tokens in the loss; 0: context."""
-    before: tuple[int, ...] = ()
-    """Token ids put in front of it."""
-    after: tuple[int, ...] = ()
-    """Token ids put behind it."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +38,17 @@ class Documents:
     """Weight in the loss, [N]."""
     lens: npt.NDArray[np.int64]
     """Tokens of each document, [D]."""
+
+
+class Tokenised(NamedTuple):
+    """What a table of rows gave."""
+
+    documents: Documents
+    """The documents in the order of the rows."""
+    bad: list[tuple[int, str]]
+    """(row index, reason) of each row that gives no target token."""
+    row_of: npt.NDArray[np.int64]
+    """The row each document comes from, [D]; a conversation may give several."""
 
 
 class Tokeniser:
@@ -70,6 +69,7 @@ class Tokeniser:
         self.backend.no_padding()
         if self.hf.eos_token_id is None:
             raise DataError(f"{folder}: the tokenizer has no `eos_token`; set it in tokenizer_config.json")
+        self.chat = ChatTemplate(self.hf, folder)
         self._eos = (int(self.hf.eos_token_id),)
         # Only tokenizers that put a beginning-of-sequence token in front of plain text get one here.
         self._bos = tuple(self.hf("")["input_ids"][:1])
@@ -90,53 +90,55 @@ class Tokeniser:
             return "none"
         return digest_bytes(template.encode()) if isinstance(template, str) else digest_json(template)
 
-    def segments(self, row: Row) -> list[Segment]:
-        """A row as segments. Raises `BadRow` if the chat template refuses it."""
+    def documents(self, row: Row) -> list[list[Segment]]:
+        """A row as documents of segments. Raises `BadRow` if the chat template refuses it."""
         if row.shape == "messages":
-            return list(self._chat(row.spans))
+            return self.chat.documents(row.spans)
         *context, last = (Segment(span.text, span.weight if span.target else 0.0) for span in row.spans)
         parts = [*context, Segment(last.text, last.weight, after=self._eos)]
-        return [Segment(parts[0].text, parts[0].weight, self._bos, parts[0].after), *parts[1:]]
+        return [[Segment(parts[0].text, parts[0].weight, self._bos, parts[0].after), *parts[1:]]]
 
-    def _chat(self, spans: Sequence[Span]) -> Iterator[Segment]:
-        messages = [{"role": span.kind, "content": span.text} for span in spans]
-        done = ""
-        for turn, span in enumerate(spans):
-            if not span.target:
-                continue
-            before = self._render(messages[:turn], generation_prompt=True)
-            after = self._render(messages[: turn + 1], generation_prompt=False)
-            if not (before.startswith(done) and after.startswith(before) and len(after) > len(before)):
-                raise BadRow("the chat template does not append: it rewrites what came before an answer")
-            if len(before) > len(done):
-                yield Segment(before[len(done) :])
-            yield Segment(after[len(before) :], span.weight)
-            done = after
+    def segments(self, row: Row) -> list[Segment]:
+        """The document of a row's last answer, which is the last segment. Raises as `documents`."""
+        return self.documents(row)[-1]
 
-    def _render(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:
-        from jinja2.exceptions import TemplateError
+    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Tokens before the answer to some messages (`role`, `content`), as training has them.
 
-        if self.hf.chat_template is None:
-            raise DataError(
-                f"{self.folder}: the tokenizer has no chat template, which rows of `messages` need; "
-                "add `chat_template.jinja` or use `prompt` + `completion`"
-            )
-        try:
-            return str(
-                self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-            )
-        except TemplateError as error:
-            raise BadRow(f"the chat template refuses it: {error}") from None
+        Raises:
+            BadRow: if the chat template refuses them.
+        """
+        return self.encode([[self.chat.prompt(messages)]])[0][0]
 
     def encode(self, documents: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
         """Token ids of every segment of every document."""
         result: list[list[list[int]]] = []
         for start in range(0, len(documents), _DOCUMENTS_PER_CALL):
             chunk = documents[start : start + _DOCUMENTS_PER_CALL]
-            texts = [segment.text for document in chunk for segment in document]
-            ids = iter(e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False))
+            pieces = [segment.pieces() for document in chunk for segment in document]
+            texts = [text for piece in pieces for text, literal in piece if not literal]
+            encoded = iter(e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False))
+            ids = iter(
+                [
+                    token
+                    for text, literal in piece
+                    for token in (self._literal(text) if literal else next(encoded))
+                ]
+                for piece in pieces
+            )
             result.extend([[*s.before, *next(ids), *s.after] for s in document] for document in chunk)
         return result
+
+    def _literal(self, text: str) -> list[int]:
+        """Tokens of a special token's spelling as plain text."""
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+    @functools.cached_property
+    def _plain(self) -> Any:
+        """The tokenizer without its special tokens."""
+        plain = type(self.backend).from_str(self.backend.to_str())
+        plain.encode_special_tokens = True
+        return plain
 
 
 @functools.lru_cache(maxsize=4)
@@ -158,29 +160,27 @@ def _load(folder: str) -> Any:
     return loaded
 
 
-def tokenise(rows: pa.Table, tok: Tokeniser) -> tuple[Documents, list[tuple[int, str]]]:
-    """Tokenise a table of rows.
-
-    Returns:
-        The documents, and (row index, reason) of each row that gives no target token.
-    """
-    segments: list[list[Segment]] = []
+def tokenise(rows: pa.Table, tok: Tokeniser) -> Tokenised:
+    """Tokenise a table of rows."""
+    documents: list[list[Segment]] = []
     bad: list[tuple[int, str]] = []
-    positions = []
+    row_of: list[int] = []
     for index, row in enumerate(_rows(rows)):
         try:
-            segments.append(tok.segments(row))
-            positions.append(index)
+            found = tok.documents(row)
         except BadRow as error:
             bad.append((index, str(error)))
-    kept = []
-    for index, parts, ids in zip(positions, segments, tok.encode(segments), strict=True):
+            continue
+        documents.extend(found)
+        row_of.extend([index] * len(found))
+    kept, kept_rows = [], []
+    for index, parts, ids in zip(row_of, documents, tok.encode(documents), strict=True):
         document = _document(parts, ids)
         if (document.labels != IGNORE_INDEX).any():
             kept.append(document)
-        else:
-            bad.append((index, "no target token"))
-    return _join(kept), sorted(bad)
+            kept_rows.append(index)
+    bad += [(index, "no target token") for index in sorted(set(row_of) - set(kept_rows))]
+    return Tokenised(_join(kept), sorted(bad), np.array(kept_rows, np.int64))
 
 
 def _rows(table: pa.Table) -> Iterator[Row]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ftray.data.pack import Pieces, cut, pack, whole
+from ftray.data.overlong import Overlong, fit
+from ftray.data.pack import pack
 from ftray.data.rows import BadRow, parse_line, to_table
 from ftray.data.shards import write_shard
 from ftray.data.source import Unit, read_lines
-from ftray.data.tokenise import Documents, tokenise, tokeniser
+from ftray.data.tokenise import Tokenised, tokenise, tokeniser
 from ftray.data.transform.base import Barrier, Mask, RowTransform, apply_transforms
 
 
@@ -31,8 +32,8 @@ class Plan:
     """Tokens in one packed row."""
     packing: bool
     """Several documents in one row."""
-    overlong: str
-    """`split` or `reject` documents longer than a row."""
+    overlong: Overlong
+    """What happens to documents longer than a row."""
     folder: Path
     """Where shards are written."""
 
@@ -62,7 +63,11 @@ class Outcome:
     documents: int = 0
     """Rows that became documents."""
     split: int = 0
-    """Documents cut into pieces because they are longer than a row."""
+    """Rows cut into pieces because they are longer than a row of training."""
+    truncated: int = 0
+    """Rows cut at the left for the same reason."""
+    changed: Counter[str] = field(default_factory=Counter)
+    """What transforms changed, by rule."""
     filtered: Counter[str] = field(default_factory=Counter)
     """Rows filtered out, by rule."""
     quarantined: list[dict[str, Any]] = field(default_factory=list)
@@ -94,34 +99,27 @@ def work_on(plan: Plan, task: Task) -> Outcome:
         except BadRow as error:
             _quarantine(outcome, line.offset, line.number, str(error))
     result = apply_transforms(to_table(parsed), plan.transforms, task.masks)
-    outcome.filtered = result.filtered
+    outcome.filtered, outcome.changed = result.filtered, result.changed
     if not task.final:
         outcome.keys = result.keys
         return outcome
     assert result.keys is None
-    documents, bad = tokenise(result.rows, tokeniser(plan.tokenizer_folder))
+    found = tokenise(result.rows, tokeniser(plan.tokenizer_folder))
     offsets, numbers = result.rows["offset"].to_pylist(), result.rows["line"].to_pylist()
-    for index, reason in bad:
+    for index, reason in found.bad:
         _quarantine(outcome, offsets[index], numbers[index], reason)
-    _finish(plan, outcome, documents)
+    _finish(plan, outcome, found)
     return outcome
 
 
-def _finish(plan: Plan, outcome: Outcome, documents: Documents) -> None:
+def _finish(plan: Plan, outcome: Outcome, found: Tokenised) -> None:
     """Cut, pack and write the documents of a unit."""
-    overlong = documents.lens > plan.max_length
-    outcome.documents = len(documents.lens)
-    if plan.overlong == "reject":
-        every = whole(documents)
-        pieces = Pieces(every.starts[~overlong], every.lens[~overlong])
-        outcome.documents -= int(overlong.sum())
-        outcome.filtered.update({"overlong": int(overlong.sum())} if overlong.any() else {})
-    else:
-        pieces = cut(documents, plan.max_length)
-        outcome.split = int(overlong.sum())
-    if not np.any(pieces.lens):
+    fitted = fit(found, plan.max_length, plan.overlong)
+    outcome.documents, outcome.split, outcome.truncated = fitted.rows, fitted.split, fitted.truncated
+    outcome.filtered.update(fitted.filtered)
+    if not np.any(fitted.pieces.lens):
         return
-    packed = pack(documents, pieces, plan.max_length, packing=plan.packing)
+    packed = pack(found.documents, fitted.pieces, plan.max_length, packing=plan.packing)
     outcome.shard = write_shard(packed, plan.folder / f"shard-{outcome.unit.index:06d}.arrow")
 
 

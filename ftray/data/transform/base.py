@@ -1,13 +1,15 @@
 """What a prepare-time transform is, and how a list of them is applied.
 
 A transform is a pure function on a table of rows (`ftray.data.rows.ROW_SCHEMA`). A barrier needs to see a key
-of every row of the data set before it can say which rows stay: one pass for the keys, then a decision.
+of every row of the data set before it can say which rows stay: one pass for the keys, then a decision. So a
+barrier cannot be part of a stream, which is trained on while it is read.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +21,28 @@ Mask = npt.NDArray[np.bool_]
 """True where a row stays."""
 
 
+class Applied(NamedTuple):
+    """What a transform made of some rows."""
+
+    rows: pa.Table
+    """The rows that stay."""
+    filtered: Counter[str]
+    """Rows filtered out, by rule; a row is counted once."""
+    changed: Mapping[str, int] = MappingProxyType({})
+    """What else was done, by rule (for example rows repaired or values replaced)."""
+
+
 @runtime_checkable
 class RowTransform(Protocol):
     """Changes or filters rows, each by itself."""
 
-    def __call__(self, rows: pa.Table) -> tuple[pa.Table, Counter[str]]:
-        """The rows that stay, and how many each rule filtered out."""
+    def __call__(self, rows: pa.Table) -> Applied | tuple[pa.Table, Counter[str]]:
+        """The rows that stay, and counts by rule."""
 
 
 @runtime_checkable
 class Barrier(Protocol):
-    """Filters rows by a comparison over the whole data set."""
+    """Filters rows by a comparison over the whole data set, at preparation."""
 
     rule: str
     """Name under which filtered rows are counted."""
@@ -48,6 +61,8 @@ class Transformed:
     rows: pa.Table
     filtered: Counter[str] = field(default_factory=Counter)
     """Rows filtered out, by `transform.rule`."""
+    changed: Counter[str] = field(default_factory=Counter)
+    """What else was done, by `transform.rule`."""
     keys: list[bytes] | None = None
     """Set if a barrier without a decision was met: the keys it asks for."""
 
@@ -64,9 +79,12 @@ def apply_transforms(
             if mask is None:
                 result.keys = transform.keys(result.rows)
                 return result
-            counts = Counter({transform.rule: int((~mask).sum())})
-            result.rows = result.rows.filter(pa.array(mask))
+            applied = Applied(
+                result.rows.filter(pa.array(mask)), Counter({transform.rule: int((~mask).sum())})
+            )
         else:
-            result.rows, counts = transform(result.rows)
-        result.filtered.update({f"{name}.{rule}": count for rule, count in counts.items() if count})
+            applied = Applied(*transform(result.rows))
+        result.rows = applied.rows
+        for total, counts in ((result.filtered, applied.filtered), (result.changed, applied.changed)):
+            total.update({f"{name}.{rule}": count for rule, count in counts.items() if count})
     return result

@@ -20,7 +20,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows: list[Any] = [{"text": f"def function_{i}(self): return self.value + {i}"} for i in range(200)]
     rows += [{"prompt": "a prompt", "completion": " a completion"}, {"bad": 1}]
     (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return train_tokenizer([str(root / "rows.jsonl")], root / "tokenizer", vocab_size=280)
+    assert train_tokenizer([str(root / "rows.jsonl")], root / "tokenizer", vocab_size=280) == 1
+    return root / "tokenizer"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,9 @@ def test_conversations_grow_at_the_end(trained: Path, tokenizer: Any) -> None:
     assert rendered == "brief\none\n# Answer: first<|end|>two\n# Answer: second<|end|>"
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     assert rendered == prompt + " second<|end|>"
-    documents, bad = tokenise(to_table([(0, 0, parse_row({"messages": messages}))]), Tokeniser(str(trained)))
+    documents, bad, _ = tokenise(
+        to_table([(0, 0, parse_row({"messages": messages}))]), Tokeniser(str(trained))
+    )
     assert bad == [] and tokenizer.decode(documents.input_ids) == rendered
 
 

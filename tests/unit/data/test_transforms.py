@@ -1,5 +1,7 @@
 """Transforms: what each changes and filters, counted by rule."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -70,3 +72,12 @@ def test_barriers_stop_until_they_are_decided() -> None:
 def test_transforms_are_named_in_the_recipe() -> None:
     data = DataConfig(train=["x"], transforms=["clean", {"type": "length", "max_chars": 9}])  # type: ignore[list-item]
     assert data.transforms == [Clean(), Length(max_chars=9)]
+
+
+def test_a_stream_takes_no_barrier() -> None:
+    transforms: list[Any] = ["clean", "dedup", "length"]
+    with pytest.raises(ConfigError, match="stream: `dedup` must see all rows") as caught:
+        parse(DataConfig, {"train": "x", "transforms": transforms, "stream": True})
+    assert "\n" not in str(caught.value)
+    assert parse(DataConfig, {"train": "x", "transforms": ["clean", "length"], "stream": True}).stream
+    assert not parse(DataConfig, {"train": "x", "transforms": transforms}).stream

@@ -37,7 +37,7 @@ def test_prompt_and_answer_are_the_tokens_of_training(
     tmp_path: Path, tok: Tokeniser, row: dict[str, object]
 ) -> None:
     (question,) = read_questions([write(tmp_path / "rows.jsonl", row)], tok).items
-    trained, _ = tokenise(to_table([(0, 0, parse_line(json.dumps(row).encode()))]), tok)
+    trained, *_ = tokenise(to_table([(0, 0, parse_line(json.dumps(row).encode()))]), tok)
     (answer,) = answer_ids(question, [question.expected], tok)
     assert [*question.prompt_ids, *answer] == trained.input_ids.tolist()
     assert answer == [token for token in trained.labels.tolist() if token != -100][-len(answer) :]

@@ -1,0 +1,178 @@
+"""Conversations through a tokenizer's chat template: what is context, what is learnt, what is only text.
+
+Each answer is rendered on its own: what stands before it (with the generation prompt) is context, what it adds
+up to its end-of-turn token is learnt. So a template needs no marks of its own, and the context is what a server
+renders for the same messages. A template that rewrites earlier turns (that drops their reasoning, or ends the
+last turn with another token) gives a conversation several documents, each answer in the context it will have.
+
+A special token spelt out in a message is text of that message: it never ends a turn or opens one.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ftray.core.errors import DataError
+from ftray.data.rows import BadRow, Span
+
+# Private-use characters stand for special tokens' spellings while a template is rendered.
+_FIRST_MARK, _LAST_MARK = 0xF0000, 0x10FFFD
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a document that is tokenised by itself."""
+
+    text: str
+    """The rendered characters."""
+    weight: float = 0.0
+    """Weight of its tokens in the loss; 0: context."""
+    before: tuple[int, ...] = ()
+    """Token ids put in front of it."""
+    after: tuple[int, ...] = ()
+    """Token ids put behind it."""
+    literals: tuple[tuple[int, int], ...] = ()
+    """Character ranges [start, stop) that spell a special token but are text."""
+
+    def pieces(self) -> list[tuple[str, bool]]:
+        """Its text cut at the literals; true marks a literal."""
+        found, position = [], 0
+        for start, stop in self.literals:
+            found += [(self.text[position:start], False), (self.text[start:stop], True)]
+            position = stop
+        return [piece for piece in [*found, (self.text[position:], False)] if piece[0]]
+
+
+class ChatTemplate:
+    """The chat template of a Hugging Face tokenizer.
+
+    Args:
+        hf: the tokenizer.
+        folder: where it comes from, for messages.
+    """
+
+    def __init__(self, hf: Any, folder: str) -> None:
+        self._hf = hf
+        self._folder = folder
+        added = hf.added_tokens_decoder
+        special = {token.content for token in added.values() if token.special} | {hf.eos_token}
+        ends = {token.content for token in added.values()} | special
+        self._special = _any_of(special)
+        self._last_token = re.compile(rf"(?:{_any_of(ends).pattern})\s*\Z")
+
+    def documents(self, spans: Sequence[Span]) -> list[list[Segment]]:
+        """A conversation as documents of segments, every answer learnt in exactly one of them.
+
+        Raises:
+            BadRow: if the template refuses it or renders an answer so that it cannot be told from its context.
+            DataError: if there is no template, or it can teach no model to end an answer.
+        """
+        self.check()
+        texts, marks = self._mark([span.text for span in spans])
+        messages = [{"role": span.kind, "content": text} for span, text in zip(spans, texts, strict=True)]
+        documents: list[list[Segment]] = [[]]
+        done = ""
+        for turn, span in enumerate(spans):
+            if not span.target:
+                continue
+            context, answer = self._answer(messages[: turn + 1])
+            if not context.startswith(done):
+                documents.append([])
+                done = ""
+            if len(context) > len(done):
+                documents[-1].append(_segment(context[len(done) :], 0.0, marks))
+            documents[-1].append(_segment(answer, span.weight, marks))
+            done = context + answer
+        return documents
+
+    def prompt(self, messages: Sequence[dict[str, str]]) -> Segment:
+        """The context of the answer that would follow: what a server encodes. Raises as `documents`."""
+        texts, marks = self._mark([message["content"] for message in messages])
+        marked = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
+        return _segment(self._render(marked, generation_prompt=True), 0.0, marks)
+
+    def check(self) -> None:
+        """Refuse a template that no conversation can be learnt with. Raises `DataError`, one line."""
+        if problem := self._problem:
+            raise DataError(f"{self._folder}: {problem}")
+
+    @functools.cached_property
+    def _problem(self) -> str:
+        """What is wrong with the template, found with the shortest conversation; empty: nothing."""
+        if self._hf.chat_template is None:
+            return (
+                "the tokenizer has no chat template, which rows of `messages` need; "
+                "add `chat_template.jinja` or use `prompt` + `completion`"
+            )
+        probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        try:
+            _, answer = self._answer(probe)
+        except _Unfit as error:
+            return f"{error}; mend `chat_template.jinja`"
+        except BadRow:
+            return ""  # it asks for more than this conversation has; the rows will tell
+        return (
+            ""
+            if "answer" in answer
+            else "the chat template leaves the answer out; mend `chat_template.jinja`"
+        )
+
+    def _answer(self, messages: list[dict[str, str]]) -> tuple[str, str]:
+        """What stands before the last message, and what that adds up to its end-of-turn token."""
+        context = self._render(messages[:-1], generation_prompt=True)
+        whole = self._render(messages, generation_prompt=False)
+        if not whole.startswith(context):
+            raise _Unfit("the chat template does not append: an answer does not follow its own prompt")
+        answer = whole[len(context) :]
+        if not self._last_token.search(answer):
+            raise _Unfit(
+                "the chat template ends an answer without a special token: nothing says where to stop"
+            )
+        return context, answer.rstrip()
+
+    def _render(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return str(
+                self._hf.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=generation_prompt
+                )
+            )
+        except TemplateError as error:
+            raise BadRow(f"the chat template refuses it: {error}") from None
+
+    def _mark(self, texts: list[str]) -> tuple[list[str], dict[str, str]]:
+        """Texts with one character in place of each special token's spelling, and what each stands for."""
+        found = sorted({match for text in texts for match in self._special.findall(text)})
+        if not found:
+            return texts, {}
+        used = {ord(char) for text in texts for char in text}
+        free = (chr(code) for code in range(_FIRST_MARK, _LAST_MARK) if code not in used)
+        mark_of = dict(zip(found, free, strict=False))
+        marked = [self._special.sub(lambda match: mark_of[match[0]], text) for text in texts]
+        return marked, {mark: spelling for spelling, mark in mark_of.items()}
+
+
+class _Unfit(BadRow):
+    """The template, not the row, is at fault."""
+
+
+def _any_of(spellings: set[str]) -> re.Pattern[str]:
+    """Any of some spellings, the longest first."""
+    return re.compile("|".join(re.escape(item) for item in sorted(spellings, key=lambda x: (-len(x), x))))
+
+
+def _segment(text: str, weight: float, marks: dict[str, str]) -> Segment:
+    """A segment with the spellings back in the places of their marks."""
+    if not any(mark in text for mark in marks):
+        return Segment(text, weight)
+    whole, literals = "", []
+    for piece in re.split(f"([{''.join(marks)}])", text):
+        spelling = marks.get(piece, piece)
+        if piece in marks:
+            literals.append((len(whole), len(whole) + len(spelling)))
+        whole += spelling
+    return Segment(whole, weight, literals=tuple(literals))
