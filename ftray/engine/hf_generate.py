@@ -3,23 +3,24 @@
 One forward pass a request: slower than a shared one, but right for every model that transformers runs.
 """
 
+import dataclasses
 import logging
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
 
 from ftray.adapt.lora import unload_adapter
 from ftray.adapt.route import Route
-from ftray.core.errors import FtrayError
 from ftray.core.spec import spec
 from ftray.engine.api import Request
 from ftray.engine.base import DeltaGate, eos_ids, max_positions
 from ftray.engine.core import StepEngine
 from ftray.engine.scheduler import Row, Scheduler, Sequence
 from ftray.engine.selfcheck import RELATIVE_TOLERANCE
-from ftray.engine.torch_engine import engine_info, load_checked, pick_device
-from ftray.model.build import load_model
+from ftray.engine.settings import ModelEngineConfig, pick_device
+from ftray.engine.torch_engine import engine_info, load_checked
+from ftray.model.build import NotBuiltError, load_model
 from ftray.model.folder import resolve_folder
 from ftray.model.tokenizer import load_tokenizer
 
@@ -104,30 +105,15 @@ class HFRunner:
 
 
 @spec
-class HFGenerateConfig:
+class HFGenerateConfig(ModelEngineConfig):
     """Settings of the plain Hugging Face engine."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the base's weights."""
-    device: str = "auto"
-    """`cpu`, `cuda` or a torch device; `auto` takes CUDA where there is one."""
-    num_threads: int | None = Field(default=None, ge=1)
-    """CPU threads of a step; null: as torch finds them."""
     max_num_seqs: int = Field(default=8, ge=1)
     """Requests that run at once, in turns."""
-    kv_cache_tokens: int = Field(default=32768, ge=16)
-    """Tokens of all running requests together."""
-    max_length: int | None = Field(default=None, ge=2)
-    """Most tokens of a prompt and its answer; null: what the model allows."""
-
-    def load_tokenizer(self, base: str) -> Any:
-        """The base's tokenizer."""
-        return load_tokenizer(resolve_folder(base))
 
     def build(self, base: str) -> StepEngine:
         """Load a base and return an engine over it."""
-        if self.num_threads:
-            torch.set_num_threads(self.num_threads)
+        self.use_threads()
         folder = resolve_folder(base)
         model = _load(folder, self.dtype).to(pick_device(self.device))
         tokenizer = load_tokenizer(folder)
@@ -151,19 +137,11 @@ class HFGenerateConfig:
 def _load(folder: Any, dtype: str) -> Any:
     try:
         return load_model(folder, dtype=dtype, attn="sdpa")
-    except FtrayError:
-        raise
-    except (ValueError, ImportError):  # how transformers says that a model has no such attention
+    except (NotBuiltError, ImportError):  # how transformers says that a model has no such attention
         return load_model(folder, dtype=dtype, attn="eager")
 
 
 def build_fallback(config: "TorchEngineConfig", base: str) -> StepEngine:
     """This engine with the settings that another was given."""
-    settings = HFGenerateConfig(
-        dtype=config.dtype,
-        device=config.device,
-        max_num_seqs=config.max_num_seqs,
-        kv_cache_tokens=config.kv_cache_tokens,
-        max_length=config.max_length,
-    )
-    return settings.build(base)
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelEngineConfig)}
+    return HFGenerateConfig(max_num_seqs=config.max_num_seqs, **shared).build(base)

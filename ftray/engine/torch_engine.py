@@ -7,22 +7,23 @@ falls back, saying so, to one request at a time where the model does not take pa
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
 
 from ftray.adapt.lora import LoRALinear, load_adapter, unload_adapter
 from ftray.adapt.route import Route, Segment
-from ftray.core.errors import DeltaError, FtrayError
+from ftray.core.errors import ConfigError, DeltaError, FtrayError
 from ftray.core.spec import spec
 from ftray.engine import paged
-from ftray.engine.api import EngineInfo
+from ftray.engine.api import EngineInfo, Request
 from ftray.engine.base import DeltaGate, eos_ids, max_positions
 from ftray.engine.core import StepEngine
 from ftray.engine.scheduler import Row, Scheduler, Sequence
 from ftray.engine.selfcheck import self_check
-from ftray.model.build import load_model
+from ftray.engine.settings import ModelEngineConfig, pick_device
+from ftray.model.build import NotBuiltError, load_model
 from ftray.model.folder import resolve_folder
 from ftray.model.tokenizer import load_tokenizer
 
@@ -99,34 +100,24 @@ def _segments(rows: list[Row], keys: list[str | None]) -> list[Segment]:
 
 
 @spec
-class TorchEngineConfig:
+class TorchEngineConfig(ModelEngineConfig):
     """Settings of our own engine."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the base's weights and of the KV cache."""
-    device: str = "auto"
-    """`cpu`, `cuda` or a torch device; `auto` takes CUDA where there is one."""
-    num_threads: int | None = Field(default=None, ge=1)
-    """CPU threads of a step; null: as torch finds them."""
     max_num_seqs: int = Field(default=32, ge=1)
     """Requests that run at once."""
     max_batch_tokens: int = Field(default=2048, ge=1)
     """Tokens of one step, prompts and decoding together."""
-    kv_cache_tokens: int = Field(default=32768, ge=16)
-    """Tokens whose keys and values are held, over all requests."""
     block_size: int = Field(default=16, ge=1)
     """Tokens in one block of the cache."""
-    max_length: int | None = Field(default=None, ge=2)
-    """Most tokens of a prompt and its answer; null: what model and cache allow."""
-
-    def load_tokenizer(self, base: str) -> Any:
-        """The base's tokenizer."""
-        return load_tokenizer(resolve_folder(base))
 
     def build(self, base: str) -> StepEngine:
-        """Load a base and return an engine over it, or over plain Hugging Face if the check fails."""
-        if self.num_threads:
-            torch.set_num_threads(self.num_threads)
+        """Load a base and return an engine over it, or over plain Hugging Face if the check fails.
+
+        Raises:
+            ModelError: if the base cannot be loaded.
+            ConfigError: if the cache does not fit into memory.
+        """
+        self.use_threads()
         folder = resolve_folder(base)
         model, problem = self._load(folder)
         if problem:
@@ -138,8 +129,20 @@ class TorchEngineConfig:
         gate = DeltaGate(folder, tokenizer)
         scheduler = self.scheduler(max_positions(model.config))
         runner = self._runner(model, scheduler, gate)
+        self._allocate(runner)
         info = engine_info("torch", gate, scheduler)
         return StepEngine(runner, tokenizer, scheduler, info, eos_ids(folder, model.config, tokenizer))
+
+    def _allocate(self, runner: TorchRunner) -> None:
+        """Run one token, which allocates every layer's cache: now, and not under the first request."""
+        seq = Sequence(Request(id="first", prompt_ids=[0]), 0, [0], row=0, blocks=[0])
+        try:
+            runner.forward([Row(seq, 0, 1)], [None], [0])
+        except RuntimeError as error:  # also torch's out-of-memory errors
+            reason = " ".join(str(error).split())[:160]
+            raise ConfigError(
+                f"kv_cache_tokens: {self.kv_cache_tokens} cannot be held ({reason}); lower it"
+            ) from None
 
     def scheduler(self, positions: int) -> Scheduler:
         """A scheduler for a model that takes `positions` tokens."""
@@ -156,6 +159,8 @@ class TorchEngineConfig:
         """The model, or why this engine is not for it."""
         try:
             model = load_model(folder, dtype=self.dtype, attn=paged.NAME).to(pick_device(self.device))
+        except NotBuiltError as error:
+            return None, str(error)
         except FtrayError:
             raise
         except (KeyError, ValueError, ImportError, NotImplementedError) as error:
@@ -168,13 +173,6 @@ class TorchEngineConfig:
         num_blocks, length = scheduler.pool.num_blocks, scheduler.max_length
         cache = paged.KVCache(num_blocks, scheduler.block_size, scheduler.max_num_seqs, length, device)
         return TorchRunner(model, gate, cache)
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device of a `device` setting."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def engine_info(engine: str, gate: DeltaGate, scheduler: Scheduler) -> EngineInfo:

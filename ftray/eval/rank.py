@@ -122,7 +122,7 @@ def load_scorer(
     """
     from ftray.adapt.lora import load_adapter
     from ftray.adapt.route import Route
-    from ftray.engine.torch_engine import pick_device
+    from ftray.engine.settings import pick_device
     from ftray.model.build import load_model
     from ftray.model.folder import resolve_folder
 

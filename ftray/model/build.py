@@ -23,6 +23,11 @@ from ftray.model.folder import load_config, resolve_folder, weight_map
 # What transformers raises for a configuration of another kind of model, or with impossible sizes.
 _NOT_BUILT = (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError, StrictDataclassError)
 
+
+class NotBuiltError(ModelError):
+    """transformers builds no causal language model from a configuration, or none with the attention asked for."""
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -68,7 +73,7 @@ def build_structure(
         raise
     except _NOT_BUILT as error:
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(
+        raise NotBuiltError(
             f"{folder or 'model.config'}: no causal language model can be built from this ({reason})"
         ) from None
     if on_meta:

@@ -1,35 +1,28 @@
 """`ftray submit` and `ftray jobs` against a Ray cluster of two nodes on this machine, behind a token."""
 
-import contextlib
+import hashlib
 import json
-import os
-import secrets
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
+import yaml
 
-from ftray.config.load import write_resolved
+from ftray.config.load import load, write_resolved
 from ftray.config.recipe import Recipe
 from ftray.core.errors import ClusterError
-from ftray.core.spec import replace
+from ftray.core.spec import dump, parse, replace
+from tests.ray.two_nodes import HEAD, Cluster, free_ports, two_nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
-BIN = Path(sys.executable).parent
-# Two addresses of the loopback interface: two nodes with their own addresses, reachable from here only.
-HEAD, SECOND = "127.0.0.2", "127.0.0.3"
+REPOSITORY = Path(__file__).parents[2]
 NODES_ALIVE = """
 import ray
 from ftray.cluster.ray_session import session
@@ -38,118 +31,10 @@ with session():
 """
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """The running cluster and the environment of a user who may use it."""
-
-    address: str
-    gcs: str
-    token: str
-    env: dict[str, str]
-
-    def ftray(self, *words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-        command = [str(BIN / "ftray"), *words, "--address", self.address]
-        return subprocess.run(
-            command, cwd=cwd, env=self.env | env, capture_output=True, text=True, timeout=120
-        )
-
-
-def _free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
-
-
-def _start(folder: Path, env: dict[str, str], *options: str) -> subprocess.Popen[bytes]:
-    command = [
-        str(BIN / "ray"),
-        "start",
-        "--block",
-        "--num-cpus=1",
-        "--object-store-memory=100000000",
-        *options,
-    ]
-    log = (folder / f"start-{len(list(folder.glob('start-*')))}.log").open("wb")
-    return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-
-
-def _end(started: list[subprocess.Popen[bytes]]) -> None:
-    mine = [child for process in started for child in psutil.Process(process.pid).children(recursive=True)]
-    for process in reversed(started):
-        process.send_signal(signal.SIGTERM)
-    for process in started:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-    _, alive = psutil.wait_procs(mine, timeout=10)
-    for process in [*alive, *started]:
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            process.kill()
-
-
-def _wait_for(url: str, token: str, nodes: int) -> None:
-    request = urllib.request.Request(
-        f"{url}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"}
-    )
-    deadline_s = time.monotonic() + 60
-    while time.monotonic() < deadline_s:
-        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
-            summary = json.load(answer)["data"]["summary"]
-            if sum(node["raylet"].get("state") == "ALIVE" for node in summary) == nodes:
-                return
-        time.sleep(0.5)
-    raise TimeoutError(f"no {nodes} nodes at {url}")
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="ftj-", dir="/tmp"))
-    token_file = folder / "token"
-    token_file.write_text(secrets.token_hex(32))
-    token_file.chmod(0o600)
-    gcs, dashboard, *agents = _free_ports(8)
-    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
-        "PATH": f"{BIN}:/usr/bin:/bin",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token_file),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",
-    }
-    ports = [
-        (
-            f"--dashboard-agent-listen-port={first}",
-            f"--dashboard-agent-grpc-port={second}",
-            f"--runtime-env-agent-port={third}",
-        )
-        for first, second, third in (agents[:3], agents[3:])
-    ]
-    started: list[subprocess.Popen[bytes]] = []
-    try:
-        started.append(
-            _start(
-                folder,
-                env,
-                "--head",
-                f"--node-ip-address={HEAD}",
-                f"--port={gcs}",
-                "--include-dashboard=true",
-                "--dashboard-host=127.0.0.1",
-                f"--dashboard-port={dashboard}",
-                f"--temp-dir={folder}/ray",
-                *ports[0],
-            )
-        )
-        address = f"http://127.0.0.1:{dashboard}"
-        _wait_for(address, token_file.read_text(), 1)
-        started.append(
-            _start(folder, env, f"--address={HEAD}:{gcs}", f"--node-ip-address={SECOND}", *ports[1])
-        )
-        _wait_for(address, token_file.read_text(), 2)
-        yield Cluster(address, f"{HEAD}:{gcs}", token_file.read_text(), env)
-    finally:
-        _end(started)
-        shutil.rmtree(folder, ignore_errors=True)
+    with two_nodes() as cluster:
+        yield cluster
 
 
 def test_a_job_file_runs_to_its_end(cluster: Cluster, tmp_path: Path) -> None:
@@ -217,6 +102,38 @@ def test_a_recipe_trains_on_the_cluster_with_what_it_names(
     assert wrong.returncode == 2 and "did you mean `max_steps`?" in wrong.stderr
 
 
+def test_an_endpoint_is_served_from_a_head_without_cpus_wherever_the_driver_runs(
+    cluster: Cluster, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ftray.cluster.ray_jobs import Jobs
+    from ftray.config.job import JobConfig
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
+    monkeypatch.chdir(tmp_path)
+    (port,) = free_ports(1)
+    tenant = {"name": "ann", "key_sha256": hashlib.sha256(b"ann").hexdigest()}
+    endpoint = {"base": str(tiny_base), "host": "0.0.0.0", "port": port, "tenants": [tenant]}
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(endpoint))
+    job = load(JobConfig, REPOSITORY / "jobs" / "serve.yaml")
+    assert job.resources.num_cpus is None  # it would keep the driver away from the head
+    settings = {"config": "serve.yaml", "secrets": [], "resources": {"num_cpus": 1}}
+    jobs = Jobs(cluster.address)
+    job_id = jobs.submit(parse(JobConfig, dump(job) | settings))
+    url = f"http://{HEAD}:{port}/v1"
+    deadline_s = time.monotonic() + 90
+    while f"serving at {url}" not in (logs := jobs.logs(job_id)):
+        assert time.monotonic() < deadline_s and not jobs.status(job_id).done, logs
+        time.sleep(0.3)
+    request = urllib.request.Request(f"{url}/models", headers={"Authorization": "Bearer ann"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert json.load(answer)["data"][0]["id"] == "base"
+    jobs.stop(job_id)
+    with pytest.raises(OSError):
+        while time.monotonic() < deadline_s:
+            urllib.request.urlopen(request, timeout=5).close()
+            time.sleep(0.2)
+
+
 def test_a_running_job_is_stopped_and_a_failed_one_says_so(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -260,7 +177,7 @@ def test_mistakes_are_one_line(cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     assert unknown.returncode == 2
     assert "'nobody' is not a job" in unknown.stderr and unknown.stderr.count("\n") == 1
     with pytest.raises(ClusterError, match="Connection refused"):
-        Jobs(f"http://127.0.0.1:{_free_ports(1)[0]}")
+        Jobs(f"http://127.0.0.1:{free_ports(1)[0]}")
     with pytest.raises(ClusterError, match="not a dashboard address"):
         Jobs("ray://127.0.0.1:10001")
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ftray.core.errors import DeltaError, RequestError
+from ftray.core.errors import ConfigError, DeltaError, RequestError
 from ftray.engine.api import Output, Request, Sampling, ScoreItem
 from ftray.engine.core import StepEngine
 from ftray.engine.hf_generate import HFGenerateConfig
@@ -248,6 +248,18 @@ def test_what_an_earlier_owner_left_in_the_cache_does_not_matter(tiny_base: Path
         with torch.inference_mode():
             part[: -engine.scheduler.block_size] = float("nan")
     assert engine.generate([ask("x", prompt=50), ask("y", prompt=3)])[0].token_ids == clean
+
+
+def test_a_cache_that_does_not_fit_is_refused_at_load(tiny_base: Path) -> None:
+    with pytest.raises(ConfigError, match="kv_cache_tokens") as caught:
+        TorchEngineConfig(kv_cache_tokens=10**13, block_size=10**13).build(str(tiny_base))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_whole_cache_is_there_before_the_first_request(tiny_base: Path) -> None:
+    engine = build(tiny_base, {}, kv_cache_tokens=4096)
+    layers = engine._runner.cache._layers.values()  # type: ignore[attr-defined]
+    assert [part.shape[0] for layer in layers for part in layer] == [4096 + 16] * 4
 
 
 def test_bfloat16_answers(tiny_base: Path, tiny_adapters: dict[str, Path]) -> None:

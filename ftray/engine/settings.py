@@ -1,0 +1,42 @@
+"""Settings that engines over a Hugging Face model share."""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from ftray.core.spec import spec
+from ftray.model.folder import resolve_folder
+from ftray.model.tokenizer import load_tokenizer
+
+
+@spec
+class ModelEngineConfig:
+    """What is loaded, where it runs and how much it may hold."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the base's weights and of the key-value cache."""
+    device: str = "auto"
+    """`cpu`, `cuda` or a torch device; `auto` takes CUDA where there is one."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of a step; null: as torch finds them."""
+    kv_cache_tokens: int = Field(default=32768, ge=16)
+    """Tokens whose keys and values are held, over all running requests."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Most tokens of a prompt and its answer; null: what model and cache allow."""
+
+    def load_tokenizer(self, base: str) -> Any:
+        """The base's tokenizer."""
+        return load_tokenizer(resolve_folder(base))
+
+    def use_threads(self) -> None:
+        """Let torch compute with the threads asked for."""
+        if self.num_threads:
+            torch.set_num_threads(self.num_threads)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of a `device` setting."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
