@@ -262,6 +262,8 @@ class Tour:
             table.add_row(name, f"{seconds:.0f}", Text(made), Text(where))
         table.add_row("total", f"{sum(row[1] for row in self._rows):.0f}", "", "")
         out.print(table)
+        names = ("stage", "seconds", "made", "where")
+        write_json(self.folder / "walk.json", [dict(zip(names, row, strict=True)) for row in self._rows])
         self._rows.clear()
 
 
