@@ -75,7 +75,9 @@ class DataConfig:
     max_quarantine: float = Field(default=0.01, ge=0, le=1)
     """Fraction of unreadable rows above which preparation stops."""
     cache_dir: str = Field(default_factory=lambda: str(Path("~/.cache/ftray/data").expanduser()))
-    """Where prepared shards are kept."""
+    """Where prepared shards are kept: a folder all nodes share, or a URL (`s3://...`)."""
+    window_shards: int = Field(default=256, ge=1)
+    """Shards (of 4 MiB of source each) in a window; rows are shuffled inside windows, windows come in order."""
 
     def __post_init__(self) -> None:
         # Field default factories are not validated, so names given above become objects here.

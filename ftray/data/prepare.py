@@ -1,35 +1,42 @@
-"""Source files to a committed folder of token shards, their manifest and the quarantined rows.
+"""Source files to token shards, a manifest and the quarantined rows.
 
-The folder's name is a digest of everything that decides its content, so unchanged input is prepared once.
-Rows in = documents + filtered + quarantined, always.
+A data set is a manifest that names shards of the cache; its folder is named by a digest of everything that decides
+its content. An unchanged corpus costs nothing, a new file costs only itself, a killed preparation goes on with the
+units that are missing (`units.py`). Rows in = documents + filtered + quarantined, always.
 """
 
 import functools
-import json
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from ftray.config.recipe import DataConfig
 from ftray.core.errors import DataError
-from ftray.core.fs import commit_dir, digest_file, digest_json, write_json
+from ftray.core.fs import digest_json
 from ftray.core.spec import dump
 from ftray.core.types import Progress, no_progress
-from ftray.data.read import FORMAT_VERSION, MANIFEST, read_manifest
+from ftray.data.dataset import QUARANTINE, Dataset, Prefix
+from ftray.data.fingerprint import fingerprints
+from ftray.data.read import FORMAT_VERSION
 from ftray.data.source import UNIT_BYTES, Unit, find_files, split_units
+from ftray.data.store import Folder, open_store
 from ftray.data.tokenise import Tokeniser, tokeniser
 from ftray.data.transform.base import Barrier, Mask
-from ftray.data.work import Outcome, Plan, Runner, Task, run_here, work_on
+from ftray.data.units import load_outcome, prepare_unit, unit_key
+from ftray.data.work import Outcome, Plan, Runner, Task, run_here
+
+__all__ = ["QUARANTINE", "Preparation", "Split", "Stopped", "prepare_local", "prepare_with"]
 
 Split = Literal["train", "validation"]
-QUARANTINE = "quarantine.jsonl"
+
+
+class Stopped(Exception):
+    """The preparation was asked to end before it was done; what it made stays."""
 
 
 def prepare_local(
     data: DataConfig, tokenizer_folder: str, split: Split = "train", progress: Progress = no_progress
-) -> Path:
-    """Prepare one split in this process; returns the folder, which `Shards` reads.
+) -> Any:
+    """Prepare one split in this process; returns the folder (or URL), which `Shards` reads.
 
     Args:
         data: sources, transforms and sizes.
@@ -45,34 +52,138 @@ def prepare_local(
 
 def prepare_with(
     run: Runner, data: DataConfig, tokenizer_folder: str, split: Split, progress: Progress
-) -> Path:
+) -> Any:
     """Prepare one split, the work on units done by `run`; the result does not depend on it."""
-    patterns = data.train if split == "train" else data.validation
-    if not patterns:
-        raise DataError(f"data.{split}: names no file; add paths or globs of JSON lines")
-    files = find_files(patterns)
-    # Workers on other nodes start elsewhere, so what is a path is made absolute; a Hub id stays as it is.
+    return Preparation(data, tokenizer_folder, split).run(run, progress)
+
+
+class Preparation:
+    """One split of a corpus on its way to shards.
+
+    Args:
+        data: sources, transforms and sizes.
+        tokenizer_folder: a tokenizer or model folder, or a Hub id.
+        split: which of the configured sources.
+
+    Raises:
+        DataError: one line, if a source or the tokenizer cannot be read.
+    """
+
+    def __init__(self, data: DataConfig, tokenizer_folder: str, split: Split = "train") -> None:
+        self.data, self.patterns = data, data.train if split == "train" else data.validation
+        if not self.patterns:
+            raise DataError(f"data.{split}: names no file; add paths or globs of JSON lines")
+        groups = _files(self.patterns)
+        tok = tokeniser(_absolute(tokenizer_folder))
+        self.store = open_store(data.cache_dir)
+        how = _how(data, tok)
+        sources = [
+            {**entry, "pattern": pattern}
+            for entry, pattern in zip(fingerprints(list(groups), self.store), groups.values(), strict=True)
+        ]
+        self.sources = {source["file"]: source for source in sources}
+        # Where a file lies is not part of what the data are.
+        digest = digest_json({**how, "sources": [source["digest"] for source in sources]})
+        identity = {**how, "sources": sources, "digest": digest}
+        name = f"{split}-{digest_json(identity).removeprefix('xxh3:')[:16]}"
+        self.dataset = Dataset(self.store, name, identity, data.window_shards)
+        self.plan = Plan(
+            transforms=tuple(data.transforms),
+            tokenizer_folder=tok.folder,
+            max_length=data.max_length,
+            packing=data.packing,
+            overlong=data.overlong,
+            store=self.store,
+        )
+        self.how = how
+        self.units = split_units(list(groups), UNIT_BYTES)
+
+    @property
+    def folder(self) -> Folder:
+        """Where the data set is, or will be."""
+        return self.dataset.folder
+
+    def run(
+        self, run: Runner = run_here, progress: Progress = no_progress, stop: Callable[[], bool] = bool
+    ) -> Folder:
+        """Prepare what is missing; windows of shards can be read as soon as they are made.
+
+        Args:
+            run: does the work on units.
+            progress: called with the source bytes done and their total.
+            stop: asked after every unit.
+
+        Raises:
+            DataError: as `prepare_local`.
+            Stopped: if `stop` said so.
+        """
+        if not self.dataset.is_whole():
+            self.dataset.commit(self._run_units(run, progress, stop))
+        self.dataset.check_counts(self.patterns, self.data.max_quarantine)
+        return self.folder
+
+    def _run_units(self, run: Runner, progress: Progress, stop: Callable[[], bool]) -> list[Outcome]:
+        """Outcomes of all units in their order; one pass for each barrier, then the final one."""
+        places = [i for i, transform in enumerate(self.plan.transforms) if isinstance(transform, Barrier)]
+        total = sum(unit.stop - unit.start for unit in self.units) * (len(places) + 1)
+        done = 0
+        masks: list[tuple[Mask, ...]] = [() for _ in self.units]
+        progress(0, total)
+        for place in [*places, None]:
+            outcomes: list[Outcome] = []
+            prefix = Prefix(self.dataset) if place is None else None
+            for outcome in self._pass(run, place, masks):
+                outcomes.append(outcome)
+                if prefix is not None:
+                    prefix.add(outcome)
+                done += outcome.unit.stop - outcome.unit.start
+                progress(done, total)
+                if stop():
+                    raise Stopped
+            outcomes.sort(key=lambda outcome: outcome.unit.index)
+            if place is not None:
+                barrier: Any = self.plan.transforms[place]
+                decided = barrier.keep([outcome.keys or [] for outcome in outcomes])
+                masks = [(*known, new) for known, new in zip(masks, decided, strict=True)]
+        return outcomes
+
+    def _pass(self, run: Runner, place: int | None, masks: Sequence[tuple[Mask, ...]]) -> Any:
+        """Outcomes of all units up to a barrier, or to the end: first what is remembered, then the rest."""
+        tasks = []
+        for unit, mask in zip(self.units, masks, strict=True):
+            task = Task(unit, mask, place is None, self._key(unit, mask, place))
+            found = load_outcome(self.store, task.key, unit, final=task.final)
+            if found is None:
+                tasks.append(task)
+            else:
+                yield found
+        yield from run(functools.partial(prepare_unit, self.plan), tasks)
+
+    def _key(self, unit: Unit, masks: Sequence[Mask], place: int | None) -> str:
+        return unit_key(self.how, self.sources[unit.file]["digest"], unit, masks, place)
+
+
+def _files(patterns: Sequence[str]) -> dict[Any, str]:
+    """Every source file with the first pattern that names it."""
+    groups: dict[Any, str] = {}
+    for pattern in patterns:
+        for file in find_files([pattern]):
+            groups.setdefault(file, pattern)
+    return groups
+
+
+def _absolute(tokenizer_folder: str) -> str:
+    """Workers on other nodes start elsewhere, so what is a path is made absolute; a Hub id stays as it is."""
+    from pathlib import Path
+
     local = Path(tokenizer_folder).expanduser()
-    tok = tokeniser(str(local.absolute()) if local.is_dir() else str(tokenizer_folder))
-    identity = _identity(data, files, tok)
-    final = Path(data.cache_dir).expanduser() / f"{split}-{digest_json(identity).removeprefix('xxh3:')[:16]}"
-    if not (final / MANIFEST).is_file():
-        try:
-            with commit_dir(final) as folder:
-                plan = _plan(data, tok, folder)
-                outcomes = _run_units(run, plan, split_units(files, UNIT_BYTES), progress)
-                _write_manifest(folder, identity, outcomes)
-        except FileExistsError:
-            pass  # another process prepared the same meanwhile; equal input, equal shards
-    _check_counts(final, patterns, data.max_quarantine)
-    return final
+    return str(local.absolute()) if local.is_dir() else str(tokenizer_folder)
 
 
-def _identity(data: DataConfig, files: Sequence[Path], tok: Tokeniser) -> dict[str, Any]:
-    """Everything the shards and the quarantine depend on."""
+def _how(data: DataConfig, tok: Tokeniser) -> dict[str, Any]:
+    """Everything besides the sources that the shards and the quarantine depend on."""
     return {
         "format_version": FORMAT_VERSION,
-        "sources": [_source(file) for file in files],
         "unit_bytes": UNIT_BYTES,
         "transforms": dump(data.transforms),
         "max_length": data.max_length,
@@ -81,104 +192,3 @@ def _identity(data: DataConfig, files: Sequence[Path], tok: Tokeniser) -> dict[s
         "tokenizer": tok.digest,
         "chat_template_hash": tok.template_digest,
     }
-
-
-def _source(file: Path) -> dict[str, Any]:
-    try:
-        return {"file": str(file), "size_bytes": file.stat().st_size, "digest": digest_file(file)}
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); check the file") from None
-
-
-def _plan(data: DataConfig, tok: Tokeniser, folder: Path) -> Plan:
-    return Plan(
-        transforms=tuple(data.transforms),
-        tokenizer_folder=tok.folder,
-        max_length=data.max_length,
-        packing=data.packing,
-        overlong=data.overlong,
-        folder=folder.absolute(),
-    )
-
-
-def _run_units(run: Runner, plan: Plan, units: Sequence[Unit], progress: Progress) -> list[Outcome]:
-    """Outcomes of all units in their order; one pass for each barrier, then the final one."""
-    barriers = [transform for transform in plan.transforms if isinstance(transform, Barrier)]
-    total = sum(unit.stop - unit.start for unit in units) * (len(barriers) + 1)
-    work, done = functools.partial(work_on, plan), 0
-    masks: list[tuple[Mask, ...]] = [() for _ in units]
-    progress(0, total)
-    for barrier in [*barriers, None]:
-        tasks = [Task(unit, mask, barrier is None) for unit, mask in zip(units, masks, strict=True)]
-        outcomes: list[Outcome] = []
-        for outcome in run(work, tasks):
-            outcomes.append(outcome)
-            done += outcome.unit.stop - outcome.unit.start
-            progress(done, total)
-        outcomes.sort(key=lambda outcome: outcome.unit.index)
-        if barrier is not None:
-            decided = barrier.keep([outcome.keys or [] for outcome in outcomes])
-            masks = [(*known, new) for known, new in zip(masks, decided, strict=True)]
-    return outcomes
-
-
-def _write_manifest(folder: Path, identity: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
-    quarantined = _file_lines(outcomes)
-    with (folder / QUARANTINE).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in quarantined)
-    filtered = sum((outcome.filtered for outcome in outcomes), Counter[str]())
-    changed = sum((outcome.changed for outcome in outcomes), Counter[str]())
-    shards = [outcome.shard for outcome in outcomes if outcome.shard]
-    for shard in shards:
-        if not (folder / shard["file"]).is_file():
-            raise DataError(
-                f"{folder.parent}: a shard written by another node is not here; "
-                "set data.cache_dir to storage that all nodes share"
-            )
-    counts = {
-        "rows": sum(outcome.rows for outcome in outcomes),
-        "documents": sum(outcome.documents for outcome in outcomes),
-        "split_documents": sum(outcome.split for outcome in outcomes),
-        "truncated_documents": sum(outcome.truncated for outcome in outcomes),
-        "filtered": dict(sorted(filtered.items())),
-        "changed": dict(sorted(changed.items())),
-        "quarantined": dict(Counter(record["reason"] for record in quarantined).most_common()),
-        "packed_rows": sum(shard["rows"] for shard in shards),
-        "tokens": sum(shard["tokens"] for shard in shards),
-        "targets": sum(shard["targets"] for shard in shards),
-    }
-    assert counts["rows"] == counts["documents"] + filtered.total() + len(quarantined), counts
-    # Where a file lies is not part of what the data are.
-    sources = [{"digest": source["digest"]} for source in identity["sources"]]
-    digest = digest_json({**identity, "sources": sources, "shards": shards, "counts": counts})
-    write_json(folder / MANIFEST, {**identity, "counts": counts, "shards": shards, "digest": digest})
-
-
-def _file_lines(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Quarantine records with line numbers within the file, from 1."""
-    records = []
-    before: Counter[str] = Counter()
-    for outcome in outcomes:
-        first = before[outcome.unit.file] + 1
-        found = sorted(outcome.quarantined, key=lambda record: record["offset"])
-        records += [{**record, "line": record["line"] + first} for record in found]
-        before[outcome.unit.file] += outcome.lines
-    return records
-
-
-def _check_counts(folder: Path, patterns: Sequence[str], max_quarantine: float) -> None:
-    """Refuse a data set with nothing in it or with too many quarantined rows."""
-    counts = read_manifest(folder)["counts"]
-    where = ", ".join(patterns[:3]) + (", ..." if len(patterns) > 3 else "")
-    if counts["rows"] == 0:
-        raise DataError(f"{where}: there are no rows; check the files")
-    bad = sum(counts["quarantined"].values())
-    if bad > max_quarantine * counts["rows"]:
-        reasons = "; ".join(f"{reason} ({n}x)" for reason, n in list(counts["quarantined"].items())[:3])
-        raise DataError(
-            f"{where}: {bad} of {counts['rows']} rows cannot be used, more than max_quarantine "
-            f"{max_quarantine:g} allows: {reasons}; see {folder / QUARANTINE}"
-        )
-    if counts["packed_rows"] == 0:
-        rules = ", ".join(f"{rule} {n}" for rule, n in counts["filtered"].items())
-        raise DataError(f"{where}: no row is left after the transforms (filtered: {rules}); relax them")

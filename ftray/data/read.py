@@ -1,6 +1,8 @@
 """Read prepared token shards: memory-mapped, checked against their manifest when opened."""
 
 import functools
+import posixpath
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ftray.core.errors import DataError, FtrayError
-from ftray.core.fs import read_json, verify_tree
+from ftray.core.errors import DataError
+from ftray.core.fs import verify_tree
+from ftray.data.cache import NodeCache
+from ftray.data.store import Folder, is_url, open_store, split_folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 IGNORE_INDEX = -100
 """Label of a token that is not a target (the value PyTorch's cross-entropy ignores)."""
@@ -68,24 +72,40 @@ def _offsets(batch: pa.RecordBatch, column: str) -> npt.NDArray[np.int32]:
 
 
 class Shards:
-    """The rows of one prepared data set.
+    """The rows of a prepared data set.
 
     Args:
-        path: a folder made by `prepare`.
-        verify: compare every shard with its digest first.
+        path: a folder or URL made by `prepare`.
+        verify: compare every shard with its digest first; otherwise each when its first row is read.
+        cache: where copies of remote shards are kept on this node; None: the default place.
 
     Raises:
         DataError: one line, if the folder is not a prepared data set or a shard is missing or changed.
     """
 
-    def __init__(self, path: str | Path, *, verify: bool = True) -> None:
-        self.path = Path(path)
-        self.manifest: dict[str, Any] = read_manifest(self.path)
-        if verify:
-            verify_tree(self.path, {s["file"]: s["digest"] for s in self.manifest["shards"]}, DataError)
-        counts = [shard["rows"] for shard in self.manifest["shards"]]
-        self._starts = np.cumsum([0, *counts])
-        self._shards: dict[int, _Shard] = {}
+    def __init__(self, path: Folder, *, verify: bool = True, cache: NodeCache | None = None) -> None:
+        self._open(path, cache)
+        self.manifest: dict[str, Any] = read_manifest(path)
+        self._add(self.manifest["shards"])
+        if verify and not is_url(path):
+            for number in range(len(self.shards)):
+                self._file(number)
+
+    def _open(self, path: Folder, cache: NodeCache | None) -> None:
+        """An empty data set."""
+        self.path: Any = path if is_url(path) else Path(path)
+        parent, self._name = split_folder(path)
+        self._store = open_store(parent)
+        self._cache = (cache or NodeCache()) if is_url(path) else None
+        self.shards: list[dict[str, Any]] = []
+        """Manifest entries of the shards."""
+        self._starts = np.zeros(1, np.int64)
+        self._mapped: dict[int, _Shard] = {}
+        self._good: set[str] = set()
+
+    def _add(self, shards: Sequence[dict[str, Any]]) -> None:
+        self.shards = [*self.shards, *shards]
+        self._starts = np.cumsum([0, *(shard["rows"] for shard in self.shards)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -102,9 +122,42 @@ class Shards:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        if number not in self._shards:
-            self._shards[number] = _Shard(self.path / self.manifest["shards"][number]["file"])
-        return self._shards[number].row(int(index - self._starts[number]))
+        shard = self._mapped.get(number)
+        if shard is None:
+            shard = self._mapped[number] = _Shard(self._file(number))
+        return shard.row(int(index - self._starts[number]))
+
+    def prefetch(self, numbers: Iterable[int]) -> None:
+        """Copy remote shards to this node; nothing to do for local ones."""
+        if self._cache is not None:
+            for number in numbers:
+                self._file(number)
+
+    def release(self, numbers: Iterable[int]) -> None:
+        """Unmap shards that are not read for now."""
+        for number in numbers:
+            self._mapped.pop(number, None)
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Remove shards from the store for good; they are prepared again if they are asked for again."""
+        numbers = list(numbers)
+        self.release(numbers)
+        for number in numbers:
+            self._store.remove(self._shard_name(number))
+
+    def _shard_name(self, number: int) -> str:
+        return posixpath.normpath(f"{self._name}/{self.shards[number]['file']}")
+
+    def _file(self, number: int) -> Path:
+        """A shard's local path, its digest checked once."""
+        name, digest = self._shard_name(number), self.shards[number]["digest"]
+        if self._cache is not None:
+            return self._cache.get(self._store, name, digest, self.shards[number]["size_bytes"])
+        path = Path(self._store.folder(name))
+        if name not in self._good:
+            verify_tree(path.parent, {path.name: digest}, DataError)
+            self._good.add(name)
+        return path
 
 
 def counts_line(counts: dict[str, Any]) -> str:
@@ -116,17 +169,26 @@ def counts_line(counts: dict[str, Any]) -> str:
     )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Folder) -> dict[str, Any]:
     """The manifest of a prepared data set. Raises `DataError` if there is none of this version."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-    except FtrayError as error:
+    parent, name = split_folder(folder)
+    manifest = open_store(parent).read_json(f"{name}/{MANIFEST}")
+    where = f"{str(folder).rstrip('/')}/{MANIFEST}"
+    if manifest is None:
         raise DataError(
-            f"{error}; {folder} is not prepared data, make it with `ftray data prepare`"
-        ) from None
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise DataError(
-            f"{folder / MANIFEST}: format version {version} is not {FORMAT_VERSION}; prepare the data again"
+            f"{where}: missing or damaged; {folder} is not prepared data, make it with `ftray data prepare`"
         )
-    return dict(manifest)
+    return checked(manifest, where)
+
+
+def checked(content: Any, where: str) -> dict[str, Any]:
+    """A manifest or window of this version. Raises `DataError` for another one."""
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(f"{where}: format version {version} is not {FORMAT_VERSION}; prepare the data again")
+    return dict(content)
+
+
+def window_name(window_shards: int, number: int) -> str:
+    """File name of a window of a data set that is still being made."""
+    return f"window-{window_shards}-{number:06d}.json"

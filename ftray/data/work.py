@@ -1,21 +1,21 @@
-"""The work on one unit of a source file: lines -> rows -> transforms -> tokens -> packed rows -> shard.
+"""The work on one unit of a source file: lines -> rows -> transforms -> tokens -> packed rows.
 
-A pure function of the unit and the plan, run in a loop here or in Ray tasks by `ray_prepare.py`.
+A pure function of the unit and the plan, run in a loop here or in Ray tasks by `ray_prepare.py`; `units.py` keeps
+what comes out.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ftray.data.overlong import Overlong, fit
-from ftray.data.pack import pack
+from ftray.data.pack import Packed, pack
 from ftray.data.rows import BadRow, parse_line, to_table
-from ftray.data.shards import write_shard
 from ftray.data.source import Unit, read_lines
+from ftray.data.store import Store
 from ftray.data.tokenise import Tokenised, tokenise, tokeniser
 from ftray.data.transform.base import Barrier, Mask, RowTransform, apply_transforms
 
@@ -34,7 +34,7 @@ class Plan:
     """Several documents in one row."""
     overlong: Overlong
     """What happens to documents longer than a row."""
-    folder: Path
+    store: Store
     """Where shards are written."""
 
 
@@ -48,6 +48,8 @@ class Task:
     """One for each barrier decided so far."""
     final: bool = True
     """False: run up to the next barrier and return its keys."""
+    key: str = ""
+    """Name under which the result is kept."""
 
 
 @dataclass
@@ -74,6 +76,8 @@ class Outcome:
     """One record for each row that could not be used: file, offset, line (in the unit), reason."""
     shard: dict[str, Any] | None = None
     """The shard's manifest entry; None if no row is left."""
+    packed: Packed | None = None
+    """The rows themselves, until they are written."""
     keys: list[bytes] | None = None
     """What a barrier compares, if the task was not final."""
 
@@ -113,14 +117,13 @@ def work_on(plan: Plan, task: Task) -> Outcome:
 
 
 def _finish(plan: Plan, outcome: Outcome, found: Tokenised) -> None:
-    """Cut, pack and write the documents of a unit."""
+    """Cut and pack the documents of a unit."""
     fitted = fit(found, plan.max_length, plan.overlong)
     outcome.documents, outcome.split, outcome.truncated = fitted.rows, fitted.split, fitted.truncated
     outcome.filtered.update(fitted.filtered)
     if not np.any(fitted.pieces.lens):
         return
-    packed = pack(found.documents, fitted.pieces, plan.max_length, packing=plan.packing)
-    outcome.shard = write_shard(packed, plan.folder / f"shard-{outcome.unit.index:06d}.arrow")
+    outcome.packed = pack(found.documents, fitted.pieces, plan.max_length, packing=plan.packing)
 
 
 def _quarantine(outcome: Outcome, offset: int, line: int, reason: str) -> None:

@@ -224,7 +224,7 @@ def test_a_missing_file(config: Make, tokenizer_folder: str, tmp_path: Path) -> 
 
 def test_a_damaged_shard_is_named(write_rows: WriteRows, config: Make, tokenizer_folder: str) -> None:
     folder = prepare_local(config(write_rows(texts(10))), tokenizer_folder)
-    shard = next(folder.glob("*.arrow"))
+    shard = next(folder.parent.glob("shards/*/*.arrow"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(bytes(content))

@@ -1,0 +1,85 @@
+"""Copies of remote shards on this node's disk, bounded in size, shared by the processes of the node."""
+
+import contextlib
+import os
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+from ftray.core.errors import DataError
+from ftray.core.fs import digest_file, lock_file
+from ftray.data.store import Store
+
+_WAIT_S = 600.0
+
+
+class NodeCache:
+    """Files named by their digests; the ones used longest ago go first.
+
+    A file that a process has mapped stays readable after it is removed, so eviction asks nobody.
+
+    Args:
+        folder: where the copies are; default: `ftray-shards` in the temporary folder.
+        max_bytes: size of all copies together; a single file may be larger.
+    """
+
+    def __init__(self, folder: Path | None = None, max_bytes: int = 20 << 30) -> None:
+        self.folder = folder or Path(tempfile.gettempdir()) / f"ftray-shards-{os.getuid()}"
+        self.max_bytes = max_bytes
+
+    def get(self, store: Store, name: str, digest: str, size_bytes: int) -> Path:
+        """A local copy of a file of the store.
+
+        Raises:
+            DataError: one line, if it cannot be read or is not what the digest says.
+        """
+        path = self.folder / digest.removeprefix("xxh3:")
+        if self._touch(path):
+            return path
+        # One process of the node fetches, the others find the copy.
+        lock = lock_file(path.with_suffix(".lock"), _WAIT_S)
+        try:
+            if not self._touch(path):
+                self._make_room(size_bytes)
+                self._fetch(store, name, digest, path)
+        finally:
+            if lock is not None:
+                lock.close()
+            path.with_suffix(".lock").unlink(missing_ok=True)
+        return path
+
+    def _fetch(self, store: Store, name: str, digest: str, path: Path) -> None:
+        tmp = path.with_suffix(f".tmp-{uuid.uuid4().hex[:8]}")
+        try:
+            store.fetch(name, tmp)
+            if digest_file(tmp) != digest:
+                raise DataError(
+                    f"{store.folder(name)}: its content is not what was committed; "
+                    "delete it and prepare the data again"
+                )
+            tmp.replace(path)
+        finally:
+            tmp.unlink(missing_ok=True)
+
+    def _touch(self, path: Path) -> bool:
+        """Mark a copy as used now; False if there is none."""
+        try:
+            os.utime(path, (time.time(), time.time()))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _make_room(self, size_bytes: int) -> None:
+        copies = []
+        for path in self.folder.glob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                if not path.suffix:
+                    copies.append((stat.st_mtime, stat.st_size, path))
+        room = self.max_bytes - size_bytes - sum(size for _, size, _ in copies)
+        for _, size, path in sorted(copies):
+            if room >= 0:
+                break
+            path.unlink(missing_ok=True)
+            room += size

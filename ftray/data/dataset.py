@@ -1,0 +1,182 @@
+"""A data set in a store: the windows that can be read while it is made, and the manifest once it is whole.
+
+<split>-<digest>/window-<shards>-<number>.json   shards in their order, as far as they are made
+<split>-<digest>/quarantine.jsonl                rows that cannot be used
+<split>-<digest>/manifest.json                   everything; written last
+<split>-<digest>/stamps.json                     sizes and times of the shards when they were last known good
+"""
+
+import json
+import posixpath
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ftray.core.errors import DataError
+from ftray.data.read import MANIFEST, window_name
+from ftray.data.store import Folder, Store
+from ftray.data.work import Outcome
+
+QUARANTINE = "quarantine.jsonl"
+_STAMPS = "stamps.json"
+
+
+class Dataset:
+    """The files of one data set.
+
+    Args:
+        store: where it and its shards are.
+        name: its folder in the store.
+        identity: everything its content depends on, with a `digest` that leaves out where files lie.
+        window_shards: shards in a window.
+    """
+
+    def __init__(self, store: Store, name: str, identity: dict[str, Any], window_shards: int) -> None:
+        self.store, self.name, self.identity, self.window_shards = store, name, identity, window_shards
+        self._source_number = {source["file"]: number for number, source in enumerate(identity["sources"])}
+
+    @property
+    def folder(self) -> Folder:
+        """Where it is, as a user would write it."""
+        return self.store.folder(self.name)
+
+    def is_whole(self) -> bool:
+        """True if the manifest is committed and no shard has changed since it was last known good."""
+        manifest = self.store.read_json(f"{self.name}/{MANIFEST}")
+        if not isinstance(manifest, dict):
+            return False
+        return bool(self.store.read_json(f"{self.name}/{_STAMPS}") == self._stamps(manifest["shards"]))
+
+    def write_window(self, number: int, shards: Sequence[dict[str, Any]], counts: dict[str, Any]) -> None:
+        """Let readers have a window before the rest is made."""
+        content = {
+            "format_version": self.identity["format_version"],
+            "digest": self.identity["digest"],
+            "max_length": self.identity["max_length"],
+            "counts": counts,
+            "shards": list(shards),
+        }
+        self.store.write_json(f"{self.name}/{window_name(self.window_shards, number)}", content)
+
+    def entries(self, outcome: Outcome) -> list[dict[str, Any]]:
+        """The manifest entry of a unit's shard, with the number of its source; none if it has no row."""
+        if outcome.shard is None:
+            return []
+        return [{**outcome.shard, "source": self._source_number[outcome.unit.file]}]
+
+    def commit(self, outcomes: Sequence[Outcome]) -> None:
+        """Write the quarantined rows and the manifest of a data set whose units are all prepared."""
+        records = _with_file_lines(outcomes)
+        with (
+            self.store.writing(f"{self.name}/{QUARANTINE}") as path,
+            path.open("w", encoding="utf-8") as file,
+        ):
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        shards = [entry for outcome in outcomes for entry in self.entries(outcome)]
+        stamps = self._stamps(shards)
+        if None in stamps.values():
+            raise DataError(
+                f"{self.folder}: a shard written by another node is not here; "
+                "set data.cache_dir to storage that all nodes share"
+            )
+        content = {
+            **self.identity,
+            "counts": counts_of(outcomes, self.identity["max_length"]),
+            "source_counts": self._by_source(outcomes),
+            "shards": shards,
+        }
+        self.store.write_json(f"{self.name}/{MANIFEST}", content)
+        self.store.write_json(f"{self.name}/{_STAMPS}", stamps)
+
+    def check_counts(self, patterns: Sequence[str], max_quarantine: float) -> None:
+        """Refuse a data set with nothing in it or with too many quarantined rows."""
+        counts = self.store.read_json(f"{self.name}/{MANIFEST}")["counts"]
+        where = ", ".join(patterns[:3]) + (", ..." if len(patterns) > 3 else "")
+        if counts["rows"] == 0:
+            raise DataError(f"{where}: there are no rows; check the files")
+        bad = sum(counts["quarantined"].values())
+        if bad > max_quarantine * counts["rows"]:
+            reasons = "; ".join(f"{reason} ({n}x)" for reason, n in list(counts["quarantined"].items())[:3])
+            raise DataError(
+                f"{where}: {bad} of {counts['rows']} rows cannot be used, more than max_quarantine "
+                f"{max_quarantine:g} allows: {reasons}; see {self.store.folder(f'{self.name}/{QUARANTINE}')}"
+            )
+        if counts["packed_rows"] == 0:
+            rules = ", ".join(f"{rule} {n}" for rule, n in counts["filtered"].items())
+            raise DataError(f"{where}: no row is left after the transforms (filtered: {rules}); relax them")
+
+    def _stamps(self, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        names = {shard["file"]: posixpath.normpath(f"{self.name}/{shard['file']}") for shard in shards}
+        return {file: self.store.stamp(name) for file, name in names.items()}
+
+    def _by_source(self, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+        """Counts of each source file, in the order of the sources."""
+        parts: dict[str, list[Outcome]] = {source["file"]: [] for source in self.identity["sources"]}
+        for outcome in outcomes:
+            parts[outcome.unit.file].append(outcome)
+        return [counts_of(part, self.identity["max_length"]) for part in parts.values()]
+
+
+class Prefix:
+    """Collects outcomes in any order and writes each window once all units before its end are there.
+
+    Args:
+        dataset: whose windows they are.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self._waiting: dict[int, Outcome] = {}
+        self._ready: list[Outcome] = []
+        self._shards: list[dict[str, Any]] = []
+        self._windows = 0
+
+    def add(self, outcome: Outcome) -> None:
+        """Take one outcome; each is taken once."""
+        self._waiting[outcome.unit.index] = outcome
+        while (found := self._waiting.pop(len(self._ready), None)) is not None:
+            self._ready.append(found)
+            self._shards += self.dataset.entries(found)
+            if len(self._shards) == self.dataset.window_shards:
+                counts = counts_of(self._ready, self.dataset.identity["max_length"])
+                self.dataset.write_window(self._windows, self._shards, counts)
+                self._windows, self._shards = self._windows + 1, []
+
+
+def counts_of(outcomes: Sequence[Outcome], max_length: int) -> dict[str, Any]:
+    """What became of the rows of some units."""
+    filtered = sum((outcome.filtered for outcome in outcomes), Counter[str]())
+    changed = sum((outcome.changed for outcome in outcomes), Counter[str]())
+    quarantined = Counter(record["reason"] for outcome in outcomes for record in outcome.quarantined)
+    shards = [outcome.shard for outcome in outcomes if outcome.shard]
+    documents = sum(outcome.documents for outcome in outcomes)
+    split = sum(outcome.split for outcome in outcomes)
+    rows, tokens = sum(shard["rows"] for shard in shards), sum(shard["tokens"] for shard in shards)
+    counts = {
+        "rows": sum(outcome.rows for outcome in outcomes),
+        "documents": documents,
+        "split_documents": split,
+        "split_documents_fraction": split / max(1, documents),
+        "truncated_documents": sum(outcome.truncated for outcome in outcomes),
+        "filtered": dict(sorted(filtered.items())),
+        "changed": dict(sorted(changed.items())),
+        "quarantined": dict(quarantined.most_common()),
+        "packed_rows": rows,
+        "padding_fraction": 1 - tokens / (rows * max_length) if rows else 0.0,
+        "tokens": tokens,
+        "targets": sum(shard["targets"] for shard in shards),
+    }
+    assert counts["rows"] == documents + filtered.total() + quarantined.total(), counts
+    return counts
+
+
+def _with_file_lines(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Quarantine records with line numbers within the file, from 1."""
+    records = []
+    before: Counter[str] = Counter()
+    for outcome in outcomes:
+        first = before[outcome.unit.file] + 1
+        found = sorted(outcome.quarantined, key=lambda record: record["offset"])
+        records += [{**record, "line": record["line"] + first} for record in found]
+        before[outcome.unit.file] += outcome.lines
+    return records

@@ -1,0 +1,195 @@
+"""Where prepared data are kept: a folder, or any URL that fsspec opens (`s3://`, `gs://`, `memory://`).
+
+Names are relative POSIX paths. A file is there wholly or not at all: on a disk by temp + fsync + rename, on an
+object store by its one put. Readers trust only what a manifest names and digests confirm.
+"""
+
+import contextlib
+import json
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from ftray.core.errors import DataError, FtrayError
+from ftray.core.fs import fsync_path, read_json, write_json
+
+Folder = Path | str
+"""A folder of the local file system, or an fsspec URL."""
+Stamp = list[Any]
+"""What changes when a file does, without reading it: its size, and its time or etag."""
+
+
+class Store(Protocol):
+    """Files below one root."""
+
+    def folder(self, name: str) -> Folder:
+        """Where `name` is, as a user would write it."""
+        ...
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file's value, or None if it is not there (or is damaged, which is as good as absent)."""
+        ...
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace a JSON file atomically."""
+        ...
+
+    def writing(self, name: str) -> contextlib.AbstractContextManager[Path]:
+        """A local path to write to; it becomes `name` when the block ends without an error."""
+        ...
+
+    def stamp(self, name: str) -> Stamp | None:
+        """The file's stamp, or None if there is no such file."""
+        ...
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copy a file to a local path. Raises `DataError` if it cannot be read."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it is there."""
+        ...
+
+
+def is_url(location: Folder) -> bool:
+    """True for what fsspec opens and the local file system does not."""
+    return "://" in str(location)
+
+
+def open_store(location: Folder) -> Store:
+    """The store at a folder or URL. Raises `DataError` if the URL's scheme needs what is not installed."""
+    return RemoteStore(str(location)) if is_url(location) else LocalStore(Path(location).expanduser())
+
+
+def split_folder(folder: Folder) -> tuple[Folder, str]:
+    """A folder's parent and its name in it."""
+    if not is_url(folder):
+        path = Path(folder).expanduser().absolute()
+        return path.parent, path.name
+    parent, _, name = str(folder).rstrip("/").rpartition("/")
+    return parent, name
+
+
+class LocalStore:
+    """A folder of the local file system (which all nodes may share)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    def folder(self, name: str) -> Path:
+        """The path of `name`."""
+        return self.root / name
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file's value, or None."""
+        try:
+            return read_json(self.root / name)
+        except FtrayError:
+            return None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace a JSON file atomically and durably."""
+        write_json(self.root / name, value)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A path on the same disk that is renamed to `name`."""
+        final = self.root / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        tmp = final.with_name(f".tmp-{final.name}-{uuid.uuid4().hex[:8]}")
+        try:
+            yield tmp
+            fsync_path(tmp)
+            tmp.replace(final)
+            fsync_path(final.parent)
+        finally:
+            tmp.unlink(missing_ok=True)
+
+    def stamp(self, name: str) -> Stamp | None:
+        """Size and time of the last change."""
+        try:
+            found = (self.root / name).stat()
+        except OSError:
+            return None
+        return [found.st_size, found.st_mtime_ns]
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copy a file; readers map it where it is instead."""
+        target.write_bytes((self.root / name).read_bytes())
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it is there."""
+        (self.root / name).unlink(missing_ok=True)
+
+
+class RemoteStore:
+    """A folder behind an fsspec URL."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.url = url.rstrip("/")
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise DataError(f"{url}: cannot be opened ({' '.join(str(error).split())})") from None
+
+    def __reduce__(self) -> tuple[type["RemoteStore"], tuple[str]]:
+        return RemoteStore, (self.url,)
+
+    def folder(self, name: str) -> str:
+        """The URL of `name`."""
+        return f"{self.url}/{name}"
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file's value, or None."""
+        try:
+            return json.loads(self._fs.cat_file(self._path(name)))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Put a JSON file."""
+        self._make_parent(name)
+        self._fs.pipe_file(
+            self._path(name), (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+        )
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A temporary local file that is uploaded as `name`."""
+        with tempfile.TemporaryDirectory(prefix="ftray-put-") as folder:
+            tmp = Path(folder) / "file"
+            yield tmp
+            self._make_parent(name)
+            self._fs.put_file(str(tmp), self._path(name))
+
+    def stamp(self, name: str) -> Stamp | None:
+        """Size, and the etag or time where the store has one."""
+        try:
+            info = self._fs.info(self._path(name))
+        except FileNotFoundError:
+            return None
+        return [info["size"], str(info.get("ETag") or info.get("etag") or info.get("mtime") or "")]
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Download a file."""
+        try:
+            self._fs.get_file(self._path(name), str(target))
+        except OSError as error:
+            raise DataError(
+                f"{self.folder(name)}: cannot be read ({error}); prepare the data again"
+            ) from None
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def _make_parent(self, name: str) -> None:
+        self._fs.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)

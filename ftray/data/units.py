@@ -1,0 +1,150 @@
+"""The prepared units of all data sets of a cache, each under a key of all that decides its content.
+
+    shards/<source>/<unit>.arrow   packed rows
+    shards/<source>/<unit>.json    what became of the unit's rows; written last
+    shards/<source>/<unit>.keys    what a barrier compares
+
+`<source>` is a digest of a source file and of what is done to it, so a new file costs only itself, a file that
+two data sets share is prepared once, and a killed preparation goes on with the units that are missing. What a
+barrier decided about a unit's rows enters the unit's key: where the decision is the old one, so is the unit.
+"""
+
+import dataclasses
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ftray.core.fs import digest_bytes, digest_file, digest_json
+from ftray.data.pack import Packed
+from ftray.data.shards import write_shard
+from ftray.data.source import Unit
+from ftray.data.store import LocalStore, Store
+from ftray.data.transform.base import Mask
+from ftray.data.work import Outcome, Plan, Task, work_on
+
+_AFTER_ROWS = ("tokenizer", "chat_template_hash", "max_length", "packing", "overlong")
+"""What comes after the transforms, and so does not decide a barrier's keys."""
+
+
+_REMEMBERED = (
+    "lines",
+    "rows",
+    "documents",
+    "split",
+    "truncated",
+    "filtered",
+    "changed",
+    "quarantined",
+    "shard",
+)
+
+
+def prepare_unit(plan: Plan, task: Task) -> Outcome:
+    """Work on a unit and keep the result under its key. Raises `DataError` as `work_on`."""
+    outcome = work_on(plan, task)
+    if outcome.packed is not None:
+        outcome.shard = save_shard(plan.store, task.key, outcome.packed)
+        outcome.packed = None
+    save_outcome(plan.store, task.key, outcome)
+    return outcome
+
+
+def unit_key(
+    plan: Mapping[str, Any], source_digest: str, unit: Unit, masks: Sequence[Mask], barrier: int | None
+) -> str:
+    """The name (without suffix) of a unit's files.
+
+    Args:
+        plan: everything that is done to a row, as JSON.
+        source_digest: digest of the source file.
+        unit: the part of it.
+        masks: decisions of the barriers so far.
+        barrier: place among the transforms of the barrier that asks for keys; None for the shard itself.
+    """
+    plan = dict(plan)
+    if barrier is not None:
+        plan = {key: value for key, value in plan.items() if key not in _AFTER_ROWS}
+        plan["transforms"] = plan["transforms"][: barrier + 1]
+    part = {key: value for key, value in dataclasses.asdict(unit).items() if key not in ("index", "file")}
+    decided = [digest_bytes(np.packbits(mask).tobytes()) + f"/{len(mask)}" for mask in masks]
+    source, name = digest_json([source_digest, plan]), digest_json([part, decided])
+    return f"shards/{_short(source)}/{_short(name)}"
+
+
+def save_shard(store: Store, key: str, packed: Packed) -> dict[str, Any]:
+    """Write a unit's shard; returns its manifest entry."""
+    with store.writing(f"{key}.arrow") as path:
+        entry = write_shard(packed, path)
+        entry["size_bytes"] = path.stat().st_size
+    return {**entry, "file": f"../{key}.arrow"}
+
+
+def save_outcome(store: Store, key: str, outcome: Outcome) -> None:
+    """Remember what became of a unit's rows, or the keys a barrier asks for."""
+    if outcome.keys is not None:
+        if all(isinstance(key, bytes) for key in outcome.keys):
+            table = pa.table({"key": pa.array(outcome.keys, pa.binary())})
+            with store.writing(f"{key}.keys") as path, pa.ipc.new_file(str(path), table.schema) as writer:
+                writer.write_table(table)
+        return
+    record = {name: getattr(outcome, name) for name in _REMEMBERED}
+    # Where the file lies is not part of what the rows are.
+    record["quarantined"] = [
+        {name: value for name, value in row.items() if name != "file"} for row in outcome.quarantined
+    ]
+    stamp = store.stamp(f"{key}.arrow") if outcome.shard else None
+    store.write_json(f"{key}.json", {**record, "stamp": stamp})
+
+
+def load_outcome(store: Store, key: str, unit: Unit, *, final: bool) -> Outcome | None:
+    """What is remembered of a unit, or None if it is to be prepared.
+
+    A shard that changed since it was written is compared with its digest, named in a warning and forgotten.
+    """
+    if not final:
+        keys = _load_keys(store, key)
+        return None if keys is None else Outcome(unit, 0, keys=keys)
+    record = store.read_json(f"{key}.json")
+    if not isinstance(record, dict):
+        return None
+    stamp, shard = record.pop("stamp"), record["shard"]
+    if shard and store.stamp(f"{key}.arrow") != stamp:
+        if not _is_whole(store, f"{key}.arrow", shard["digest"]):
+            warnings.warn(
+                f"{store.folder(key)}.arrow: missing or not what was written; preparing it again",
+                stacklevel=2,
+            )
+            store.remove(f"{key}.json")
+            return None
+        store.write_json(f"{key}.json", {**record, "stamp": store.stamp(f"{key}.arrow")})
+    quarantined = [{"file": unit.file, **row} for row in record.pop("quarantined")]
+    counters: dict[str, Any] = {name: Counter(record[name]) for name in ("filtered", "changed")}
+    return Outcome(unit, **{**record, **counters}, quarantined=quarantined)
+
+
+def _load_keys(store: Store, key: str) -> list[bytes] | None:
+    if store.stamp(f"{key}.keys") is None or not isinstance(store, LocalStore):
+        return None
+    try:
+        with pa.memory_map(str(store.folder(f"{key}.keys"))) as source:
+            found: list[bytes] = pa.ipc.open_file(source).read_all()["key"].to_pylist()
+            return found
+    except (pa.ArrowInvalid, OSError):
+        return None
+
+
+def _is_whole(store: Store, name: str, digest: str) -> bool:
+    if not isinstance(store, LocalStore):
+        return False
+    try:
+        return digest_file(store.folder(name)) == digest
+    except OSError:
+        return False
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("xxh3:")[:20]
