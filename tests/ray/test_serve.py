@@ -30,21 +30,11 @@ from ftray.model.identity import base_identity
 from ftray.model.tokenizer import chat_template_hash, load_tokenizer
 from ftray.registry.local import Registry
 from ftray.testing import tiny
+from tests.ray.endpoint import ASK, ask, publish, without_keys
 
 pytestmark = pytest.mark.ray
 
-ASK: list[Any] = [{"role": "user", "content": "What is this?"}]
 KEY = "ann-key"
-
-
-def _publish(base: Path, adapters: dict[str, Path], root: Path) -> Registry:
-    registry = Registry(root)
-    template = chat_template_hash(load_tokenizer(base))
-    for name, folder in adapters.items():
-        if not (folder / manifest.MANIFEST).exists():
-            manifest.write(folder, kind="low_rank", base=base_identity(base), chat_template_hash=template)
-        registry.publish(folder, name)
-    return registry
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +51,7 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def config(base: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
-    registry = _publish(base, adapters, tmp_path_factory.mktemp("registry"))
+    registry = publish(base, adapters, tmp_path_factory.mktemp("registry"))
     key = hashlib.sha256(KEY.encode()).hexdigest()
     settings = {
         "base": str(base),
@@ -75,11 +65,6 @@ def config(base: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempP
         ],
     }
     return parse(ServeConfig, settings)
-
-
-def _open(config: ServeConfig) -> ServeConfig:
-    """The same without keys."""
-    return replace(replace(config, "metrics_key_sha256", None), "tenants", [])
 
 
 @pytest.fixture(scope="module")
@@ -123,14 +108,6 @@ def expected(engine: StepEngine) -> dict[str, str]:
         name: engine.generate([Request(id="x", prompt_ids=ids, delta=delta, sampling=sampling)])[0].text
         for name, delta in (("base", None), ("a", "a"), ("b", "b"))
     }
-
-
-def ask(client: openai.OpenAI, model: str, **settings: Any) -> str:
-    fields: dict[str, Any] = {"temperature": 0, "max_tokens": 24} | settings
-    reply = client.chat.completions.create(model=model, messages=ASK, **fields)
-    if fields.get("stream"):
-        return "".join(chunk.choices[0].delta.content or "" for chunk in reply)
-    return reply.choices[0].message.content or ""
 
 
 def test_models_are_listed(client: openai.OpenAI) -> None:
@@ -244,7 +221,7 @@ def test_a_delta_of_another_base_or_template_is_refused_before_anything_starts(
         manifest.write(folder, kind="low_rank", base=identity, chat_template_hash=template)
         Registry(config.registry).publish(folder, name)
         with pytest.raises(DeltaError) as caught:
-            run(replace(_open(config), "deltas", [name]))
+            run(replace(without_keys(config), "deltas", [name]))
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -293,7 +270,7 @@ def test_the_command_serves_until_told_to_stop_and_leaves_no_process(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     file = tmp_path / "serve.yaml"
-    write_resolved(_open(config), file)
+    write_resolved(without_keys(config), file)
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     process = subprocess.Popen(
         [sys.executable, "-m", "ftray.cli.main", "serve", str(file), f"port={port}", "deltas=[b]"],
