@@ -23,6 +23,23 @@ def _is_barrier(transform: Any) -> bool:
     return hasattr(transform, "keys") and hasattr(transform, "keep")
 
 
+RowField = Literal[
+    "chosen",
+    "completion",
+    "conversations",
+    "history",
+    "input",
+    "instruction",
+    "label",
+    "messages",
+    "output",
+    "prompt",
+    "rejected",
+    "system",
+    "text",
+    "tools",
+]
+"""What the known shapes of rows read (`ftray.data.shapes`)."""
 Paths = Annotated[list[str], BeforeValidator(_as_list)]
 
 
@@ -61,6 +78,8 @@ class DataConfig:
     """Files or globs of training rows (JSON lines)."""
     validation: Paths = Field(default_factory=list)
     """Files or globs of validation rows; empty: no validation loss."""
+    columns: dict[RowField, str] = Field(default_factory=dict)
+    """Where the rows hold what, if not under the known names: `{prompt: question, completion: answer}`."""
     transforms: list[Annotated[Any, Piece("transform")]] = Field(default_factory=lambda: ["clean", "length"])
     """Prepare-time steps on rows, in order."""
     max_length: int = Field(default=1024, ge=8)

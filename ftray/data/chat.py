@@ -11,11 +11,12 @@ A special token spelt out in a message is text of that message: it never ends a 
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ftray.core.errors import DataError
-from ftray.data.rows import BadRow, Span
+from ftray.data.messages import conversation
+from ftray.data.spans import BadRow, Span
 
 # Private-use characters stand for special tokens' spellings while a template is rendered.
 _FIRST_MARK, _LAST_MARK = 0xF0000, 0x10FFFD
@@ -71,19 +72,21 @@ class ChatTemplate:
         """
         self.check()
         texts, marks = self._mark([span.text for span in spans])
-        messages = [{"role": span.kind, "content": text} for span, text in zip(spans, texts, strict=True)]
+        turns, tools = conversation([replace(s, text=text) for s, text in zip(spans, texts, strict=True)])
+        messages = [turn.message for turn in turns]
         documents: list[list[Segment]] = [[]]
         done = ""
-        for turn, span in enumerate(spans):
-            if not span.target:
+        for number, turn in enumerate(turns):
+            if not turn.target:
                 continue
-            context, answer = self._answer(messages[: turn + 1])
+            context, answer = self._answer(messages[: number + 1], tools)
+            _check_tools(tools, turn.message, context, answer)
             if not context.startswith(done):
                 documents.append([])
                 done = ""
             if len(context) > len(done):
                 documents[-1].append(_segment(context[len(done) :], 0.0, marks))
-            documents[-1].append(_segment(answer, span.weight, marks))
+            documents[-1].append(_segment(answer, turn.weight, marks))
             done = context + answer
         return documents
 
@@ -119,10 +122,10 @@ class ChatTemplate:
             else "the chat template leaves the answer out; mend `chat_template.jinja`"
         )
 
-    def _answer(self, messages: list[dict[str, str]]) -> tuple[str, str]:
+    def _answer(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> tuple[str, str]:
         """What stands before the last message, and what that adds up to its end-of-turn token."""
-        context = self._render(messages[:-1], generation_prompt=True)
-        whole = self._render(messages, generation_prompt=False)
+        context = self._render(messages[:-1], tools, generation_prompt=True)
+        whole = self._render(messages, tools, generation_prompt=False)
         if not whole.startswith(context):
             raise _Unfit("the chat template does not append: an answer does not follow its own prompt")
         answer = whole[len(context) :]
@@ -132,13 +135,15 @@ class ChatTemplate:
             )
         return context, answer.rstrip()
 
-    def _render(self, messages: list[dict[str, str]], *, generation_prompt: bool) -> str:
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None = None, *, generation_prompt: bool
+    ) -> str:
         from jinja2.exceptions import TemplateError
 
         try:
             return str(
                 self._hf.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=generation_prompt
+                    messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
                 )
             )
         except TemplateError as error:
@@ -154,6 +159,19 @@ class ChatTemplate:
         mark_of = dict(zip(found, free, strict=False))
         marked = [self._special.sub(lambda match: mark_of[match[0]], text) for text in texts]
         return marked, {mark: spelling for spelling, mark in mark_of.items()}
+
+
+def _check_tools(tools: list[Any] | None, message: dict[str, Any], context: str, answer: str) -> None:
+    """Refuse a conversation whose tools or calls its template does not show. Raises `BadRow`."""
+    if not all(_function_name(tool) in context for tool in tools or []):
+        raise BadRow("the chat template leaves `tools` out")
+    if not all(_function_name(call) in answer for call in message.get("tool_calls", [])):
+        raise BadRow("the chat template leaves `tool_calls` out")
+
+
+def _function_name(tool: dict[str, Any]) -> str:
+    function = tool.get("function")
+    return str(function.get("name", "")) if isinstance(function, dict) else ""
 
 
 class _Unfit(BadRow):

@@ -1,13 +1,10 @@
-"""Rows as typed spans, before any tokenising: what a line of JSON says, and which parts of it are learnt.
+"""Rows between the steps of preparation: parsed from JSON, then an Arrow table of typed spans.
 
-Shapes read: `{"text": ...}`, `{"prompt": ..., "completion": ...}` and `{"messages": [{"role", "content"}]}`.
-Other keys of a row are left alone. Between the steps of preparation rows travel as an Arrow table
-(`ROW_SCHEMA`), so that a transform is a function on columns.
+The table's schema is `ROW_SCHEMA`, so a transform is a function on columns.
 """
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,7 +12,24 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-ROLES = ("system", "user", "assistant")
+from ftray.data.shapes import parse_row
+from ftray.data.spans import ROLES, BadRow, Row, Span
+
+__all__ = [
+    "ROLES",
+    "ROW_SCHEMA",
+    "BadRow",
+    "Row",
+    "Span",
+    "parse_line",
+    "parse_row",
+    "per_row",
+    "span_counts",
+    "span_targets",
+    "span_texts",
+    "to_table",
+    "with_span_texts",
+]
 
 SPAN_TYPE = pa.struct(
     [("kind", pa.string()), ("text", pa.string()), ("target", pa.bool_()), ("weight", pa.float32())]
@@ -23,41 +37,13 @@ SPAN_TYPE = pa.struct(
 ROW_SCHEMA = pa.schema(
     [("offset", pa.int64()), ("line", pa.int64()), ("shape", pa.string()), ("spans", pa.list_(SPAN_TYPE))]
 )
-"""`offset`: the row's first byte in its file; `line`: its line number within its work unit, from 0."""
+"""`offset`: where the row begins in its file; `line`: its number within its work unit, from 0."""
 
 
-class BadRow(Exception):
-    """Why a row is quarantined; the text names no value of the row, so that equal reasons can be counted."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """A piece of a row's text."""
-
-    kind: str
-    """`text`, `prompt`, `completion` or the role of a message."""
-    text: str
-    """The characters."""
-    target: bool
-    """True if the model learns to produce it."""
-    weight: float = 1.0
-    """Weight of its tokens in the loss."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One parsed row."""
-
-    shape: str
-    """`text`, `prompt_completion` or `messages`."""
-    spans: tuple[Span, ...]
-    """Its pieces in order."""
-
-
-def parse_line(line: bytes) -> Row:
-    """Parse one line of JSON. Raises `BadRow` with the reason it cannot be used."""
+def parse_line(line: bytes, columns: Mapping[str, str] | None = None) -> Row:
+    """Parse one line of JSON; `columns` as `parse_row`. Raises `BadRow` with the reason it cannot be used."""
     try:
-        value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_object)
     except UnicodeDecodeError:
         raise BadRow("not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -66,67 +52,18 @@ def parse_line(line: bytes) -> Row:
         raise BadRow("not JSON: a number or a nesting beyond any limit") from None
     if not isinstance(value, dict):
         raise BadRow("not a JSON object")
-    return parse_row(value)
-
-
-def parse_row(value: dict[str, Any]) -> Row:
-    """Recognise a row's shape. Raises `BadRow` with the reason it cannot be used."""
-    if "messages" in value:
-        row = Row("messages", tuple(_messages(value["messages"])))
-    elif "prompt" in value and "completion" in value:
-        prompt, completion = _text(value, "prompt"), _text(value, "completion")
-        row = Row("prompt_completion", (Span("prompt", prompt, False), Span("completion", completion, True)))
-    elif "text" in value:
-        row = Row("text", (Span("text", _text(value, "text"), True),))
-    else:
-        raise BadRow("no `messages`, `prompt` + `completion` or `text`")
-    if not any(span.target for span in row.spans):
-        raise BadRow("nothing to learn: no assistant message with a weight")
-    if any(span.target and not span.text for span in row.spans):
-        raise BadRow("the text to learn is empty")
-    return row
+    return parse_row(value, columns)
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise BadRow(f"not JSON: {name}")
 
 
-def _text(mapping: dict[str, Any], key: str) -> str:
-    value = mapping[key]
-    if not isinstance(value, str):
-        raise BadRow(f"`{key}` is not a string")
-    return _checked(value)
-
-
-def _checked(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRow("a lone surrogate, which no UTF-8 text can hold") from None
-    return text
-
-
-def _messages(messages: Any) -> Iterable[Span]:
-    if not isinstance(messages, list) or not messages:
-        raise BadRow("`messages` is not a list of messages")
-    for message in messages:
-        if not isinstance(message, dict):
-            raise BadRow("a message is not an object")
-        role, weight = message.get("role"), message.get("weight", 1)
-        if role not in ROLES:
-            raise BadRow("a message's `role` is none of " + ", ".join(ROLES))
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6:
-            raise BadRow("a message's `weight` is not a number of at least 0")
-        yield Span(role, _content(message.get("content")), role == "assistant" and weight > 0, float(weight))
-
-
-def _content(content: Any) -> str:
-    """A message's text: a string, or OpenAI's list of text parts."""
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        return "".join(_text(part, "text") if "text" in part else "" for part in content)
-    if not isinstance(content, str):
-        raise BadRow("a message's `content` is not text")
-    return _checked(content)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise BadRow("a key stands twice in an object")
+    return value
 
 
 def to_table(rows: Iterable[tuple[int, int, Row]]) -> pa.Table:

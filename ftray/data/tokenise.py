@@ -19,6 +19,7 @@ from ftray.core.fs import digest_bytes, digest_json
 from ftray.data.chat import ChatTemplate, Segment
 from ftray.data.read import IGNORE_INDEX
 from ftray.data.rows import BadRow, Row, Span
+from ftray.data.spans import PAIR
 
 __all__ = ["Documents", "Segment", "Tokenised", "Tokeniser", "tokenise", "tokeniser"]
 
@@ -92,7 +93,13 @@ class Tokeniser:
 
     def documents(self, row: Row) -> list[list[Segment]]:
         """A row as documents of segments. Raises `BadRow` if the chat template refuses it."""
-        if row.shape == "messages":
+        if row.is_group:
+            answer = "chosen" if row.shape == PAIR else "completion"
+            raise DataError(
+                f"data: rows of the shape {row.shape} hold answers to compare or judge, which the objectives `lm` "
+                f"and `sft` cannot; to learn one, set `columns: {{prompt: prompt, completion: {answer}}}`"
+            )
+        if row.is_chat:
             return self.chat.documents(row.spans)
         *context, last = (Segment(span.text, span.weight if span.target else 0.0) for span in row.spans)
         parts = [*context, Segment(last.text, last.weight, after=self._eos)]

@@ -1,0 +1,171 @@
+"""The shapes of rows that are recognised, by the fields that stand in a row; the first that fits is taken.
+
+A new shape is one function and one line of `SHAPES`. Fields of other names are left alone.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ftray.data.messages import from_sharegpt, read_messages, tools_span
+from ftray.data.spans import LABELLED, PAIR, TOOLS, BadRow, Row, Span, text_of
+
+Value = dict[str, Any]
+
+
+def _text(value: Value) -> list[Span]:
+    return [Span("text", text_of(value, "text"), True)]
+
+
+def _messages(value: Value) -> list[Span]:
+    return [*tools_span(value.get(TOOLS)), *read_messages(value["messages"])]
+
+
+def _sharegpt(value: Value) -> list[Span]:
+    messages = [*_system(value), *from_sharegpt(value["conversations"])]
+    return [*tools_span(value.get(TOOLS)), *read_messages(messages, "conversations")]
+
+
+def _alpaca(value: Value) -> list[Span]:
+    asked = text_of(value, "instruction")
+    if value.get("input"):
+        asked = f"{asked}\n{text_of(value, 'input')}"
+    answer = {"role": "assistant", "content": value["output"]}
+    messages = [*_system(value), *_history(value), {"role": "user", "content": asked}, answer]
+    return [*tools_span(value.get(TOOLS)), *read_messages(messages)]
+
+
+def _system(value: Value) -> list[Value]:
+    return [{"role": "system", "content": value["system"]}] if value.get("system") else []
+
+
+def _history(value: Value) -> list[Value]:
+    """LLaMA-Factory's `history`: pairs of a question and its answer."""
+    history = value.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(p, list) and len(p) == 2 for p in history):
+        raise BadRow("`history` is not a list of pairs")
+    roles = ("user", "assistant")
+    return [
+        {"role": role, "content": text} for pair in history for role, text in zip(roles, pair, strict=True)
+    ]
+
+
+def _prompt_completion(value: Value) -> list[Span]:
+    completion = value["completion"]
+    if isinstance(completion, list):
+        return [*_prompt(value, chat=True), *read_messages(completion, "completion")]
+    return [*_prompt(value), Span("completion", text_of(value, "completion"), True)]
+
+
+def _prompt(value: Value, *, chat: bool = False) -> list[Span]:
+    """The context: one text (the user's, before messages), or TRL's list of messages."""
+    if isinstance(value["prompt"], list):
+        return [*tools_span(value.get(TOOLS)), *read_messages(value["prompt"], "prompt", learn=False)]
+    return [Span("user" if chat else "prompt", text_of(value, "prompt"), False)]
+
+
+def _preference(value: Value) -> list[Span]:
+    chosen, rejected = value["chosen"], value["rejected"]
+    chat = isinstance(chosen, list) and isinstance(rejected, list)
+    prompt = _prompt(value, chat=chat) if value.get("prompt") is not None else None
+    if chat:
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        # Both conversations may be written out from their start; what they share is then the prompt.
+        if prompt is None or shared:
+            common = read_messages(chosen[:shared], "chosen", learn=False) if shared else []
+            prompt = common if prompt is None or len(common) >= len(prompt) else [*prompt, *common]
+        return [*prompt, *_answer(chosen[shared:], "chosen"), *_answer(rejected[shared:], "rejected")]
+    if prompt is None:
+        raise BadRow("`chosen` and `rejected` are texts, and there is no `prompt`")
+    texts = [Span(kind, text_of(value, kind), True) for kind in ("chosen", "rejected")]
+    return [*prompt, *texts]
+
+
+def _answer(messages: list[Any], kind: str) -> list[Span]:
+    """The one message that ends a conversation, as a span of a kind."""
+    if len(messages) != 1:
+        raise BadRow(f"`{kind}` has not one message after the prompt")
+    spans = read_messages(messages, kind)
+    if spans[0].kind != "assistant" or len(spans) != 1:
+        raise BadRow(f"`{kind}` does not end with an assistant message of plain text")
+    return [replace(spans[0], kind=kind)]
+
+
+def _labelled(value: Value) -> list[Span]:
+    chat = isinstance(value["completion"], list)
+    prompt = _prompt(value, chat=chat) if value.get("prompt") is not None else []
+    kind = "desirable" if _as_bool(value["label"]) else "undesirable"
+    if chat:
+        return [*prompt, *_answer(value["completion"], kind)]
+    return [*prompt, Span(kind, text_of(value, "completion"), True)]
+
+
+def _as_bool(label: Any) -> bool | None:
+    """A truth value, also as text files write it; None: something else."""
+    if isinstance(label, str):
+        return {"true": True, "false": False}.get(label.lower())
+    return label if isinstance(label, bool) else None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape of rows."""
+
+    fields: tuple[str, ...]
+    """What a row must have to be of it."""
+    read: Callable[[Value], list[Span]]
+    """Its spans; raises `BadRow`."""
+    also: tuple[str, ...] = ()
+    """What it may have besides."""
+
+
+SHAPES: dict[str, Shape] = {
+    "messages": Shape(("messages",), _messages, (TOOLS,)),
+    "sharegpt": Shape(("conversations",), _sharegpt, ("system", TOOLS)),
+    PAIR: Shape(("chosen", "rejected"), _preference, ("prompt", TOOLS)),
+    LABELLED: Shape(("completion", "label"), _labelled, ("prompt", TOOLS)),
+    "prompt_completion": Shape(("prompt", "completion"), _prompt_completion, (TOOLS,)),
+    "alpaca": Shape(("instruction", "output"), _alpaca, ("input", "system", "history", TOOLS)),
+    "text": Shape(("text",), _text),
+}
+FIELDS = tuple(sorted({field for shape in SHAPES.values() for field in (*shape.fields, *shape.also)}))
+"""Every field that a shape reads."""
+
+
+def parse_row(value: Value, columns: Mapping[str, str] | None = None) -> Row:
+    """Recognise a row's shape.
+
+    Args:
+        value: the row.
+        columns: fields of a shape and the columns that hold them; if given, other columns are left alone.
+
+    Raises:
+        BadRow: with the reason it cannot be used.
+    """
+    if columns:
+        given, value = value, {field: value[name] for field, name in columns.items() if name in value}
+    name = shape_of(value)
+    if name is None and columns:
+        absent = ", ".join(f"`{column}`" for column in columns.values() if column not in given)
+        raise BadRow(f"no column {absent}" if absent else "the columns of `data.columns` make no known shape")
+    if name is None:
+        raise BadRow("no `messages`, `prompt` + `completion` or `text`")
+    row = Row(name, tuple(SHAPES[name].read(value)))
+    if not any(span.target for span in row.spans):
+        raise BadRow("nothing to learn: no assistant message with a weight")
+    if any(span.target and not span.text for span in row.spans):
+        raise BadRow("the text to learn is empty")
+    return row
+
+
+def shape_of(value: Value) -> str | None:
+    """The name of the first shape whose fields a row has."""
+    for name, shape in SHAPES.items():
+        # A class number beside a completion is no judgement of it.
+        if all(field in value for field in shape.fields) and (
+            name != LABELLED or _as_bool(value["label"]) is not None
+        ):
+            return name
+    return None
