@@ -42,6 +42,8 @@ METHODS: dict[str, dict[str, str]] = {
         "clean": "ftray.data.transform.clean:Clean",
         "dedup": "ftray.data.transform.dedup:ExactDedup",
         "length": "ftray.data.transform.length:Length",
+        "near_dedup": "ftray.data.transform.near_dedup:NearDedup",
+        "split": "ftray.data.transform.split:Split",
     },
     "metric": {
         "exact_match": "ftray.eval.metrics:ExactMatch",

@@ -40,6 +40,12 @@ RowField = Literal[
     "tools",
 ]
 """What the known shapes of rows read (`ftray.data.shapes`)."""
+
+
+def _draws_validation(transform: Any) -> bool:
+    return catalog.name_of(type(transform)) == "split" and transform.validation > 0
+
+
 Paths = Annotated[list[str], BeforeValidator(_as_list)]
 
 
@@ -77,7 +83,7 @@ class DataConfig:
     train: Paths
     """Files or globs of training rows (JSON lines)."""
     validation: Paths = Field(default_factory=list)
-    """Files or globs of validation rows; empty: no validation loss."""
+    """Files or globs of validation rows; empty: no validation loss, or what the transform `split` sets apart."""
     columns: dict[RowField, str] = Field(default_factory=dict)
     """Where the rows hold what, if not under the known names: `{prompt: question, completion: answer}`."""
     transforms: list[Annotated[Any, Piece("transform")]] = Field(default_factory=lambda: ["clean", "length"])
@@ -103,6 +109,8 @@ class DataConfig:
         built = [Piece("transform").func(item) for item in self.transforms]  # type: ignore[call-arg]
         object.__setattr__(self, "transforms", built)
         barriers = [catalog.name_of(type(item)) or type(item).__name__ for item in built if _is_barrier(item)]
+        if not self.validation and any(_draws_validation(item) for item in built):
+            object.__setattr__(self, "validation", list(self.train))
         if self.stream and barriers:
             raise ConfigError(
                 f"stream: `{'`, `'.join(barriers)}` must see all rows before the first is trained on; "

@@ -21,6 +21,7 @@ from ftray.data.source import UNIT_BYTES, Unit, find_files, split_units
 from ftray.data.store import Folder, open_store
 from ftray.data.tokenise import Tokeniser, tokeniser
 from ftray.data.transform.base import Barrier, Mask
+from ftray.data.transform.split import part_of
 from ftray.data.units import load_outcome, prepare_unit, unit_key
 from ftray.data.work import Outcome, Plan, Runner, Task, run_here
 
@@ -70,6 +71,7 @@ class Preparation:
     """
 
     def __init__(self, data: DataConfig, tokenizer_folder: str, split: Split = "train") -> None:
+        data = part_of(data, split)
         self.data, self.patterns = data, data.train if split == "train" else data.validation
         if not self.patterns:
             raise DataError(f"data.{split}: names no file; add paths or globs of JSON lines")
