@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from ftray.adapt.lora import LoRALinear, load_adapter, unload_adapter
 from ftray.core.errors import DeltaError
 from ftray.delta import manifest
+from ftray.engine.api import EngineInfo
+from ftray.engine.scheduler import Scheduler
 from ftray.model.identity import base_identity
 from ftray.model.tokenizer import chat_template_hash
 from ftray.registry.local import VERSION_FILE
@@ -74,3 +77,27 @@ class DeltaGate:
                 f"{folder}: trained under chat template {delta.chat_template_hash}, this base has"
                 f" {self.template_hash}; serve it with the tokenizer it was trained with"
             )
+
+
+def load_checked(model: Any, gate: DeltaGate | None, key: str, folder: str) -> None:
+    """Load an adapter if it belongs to the model's base. Raises `DeltaError`, leaving nothing behind."""
+    path = Path(folder)
+    if gate:
+        gate.check(path)
+    load_adapter(model, key, path)
+    head = model.get_output_embeddings()
+    if isinstance(head, LoRALinear) and key in head.scaling:
+        unload_adapter(model, key)
+        # The head sees the last tokens only, so a mixed batch's stretches do not fit it.
+        raise DeltaError(f"{folder}: it adapts the output head, which is not served; train without `lm_head`")
+
+
+def engine_info(engine: str, gate: DeltaGate, scheduler: Scheduler) -> EngineInfo:
+    """Facts to report about an engine over a base."""
+    return EngineInfo(
+        engine=engine,
+        base=gate.identity["name"],
+        base_digest=gate.identity["digest"],
+        chat_template_hash=gate.template_hash,
+        max_length=scheduler.max_length,
+    )

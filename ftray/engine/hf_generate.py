@@ -14,12 +14,11 @@ from ftray.adapt.lora import unload_adapter
 from ftray.adapt.route import Route
 from ftray.core.spec import spec
 from ftray.engine.api import Request
-from ftray.engine.base import DeltaGate, eos_ids, max_positions
+from ftray.engine.base import DeltaGate, engine_info, eos_ids, load_checked, max_positions
 from ftray.engine.core import StepEngine
 from ftray.engine.scheduler import Row, Scheduler, Sequence
 from ftray.engine.selfcheck import RELATIVE_TOLERANCE
 from ftray.engine.settings import ModelEngineConfig, pick_device
-from ftray.engine.torch_engine import engine_info, load_checked
 from ftray.model.build import NotBuiltError, load_model
 from ftray.model.folder import resolve_folder
 from ftray.model.tokenizer import load_tokenizer

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from ftray.adapt.lora import LoRALinear, load_adapter, unload_adapter
+from ftray.adapt.lora import unload_adapter
 from ftray.adapt.route import Route, Segment
-from ftray.core.errors import ConfigError, DeltaError, FtrayError
+from ftray.core.errors import ConfigError, FtrayError
 from ftray.core.spec import spec
 from ftray.engine import paged
-from ftray.engine.api import EngineInfo, Request
-from ftray.engine.base import DeltaGate, eos_ids, max_positions
+from ftray.engine.api import Request
+from ftray.engine.base import DeltaGate, engine_info, eos_ids, load_checked, max_positions
 from ftray.engine.core import StepEngine
 from ftray.engine.scheduler import Row, Scheduler, Sequence
 from ftray.engine.selfcheck import self_check
@@ -73,19 +73,6 @@ class TorchRunner:
     def unload(self, key: str) -> None:
         """See `Runner.unload`."""
         unload_adapter(self.model, key)
-
-
-def load_checked(model: Any, gate: DeltaGate | None, key: str, folder: str) -> None:
-    """Load an adapter if it belongs to the model's base. Raises `DeltaError`, leaving nothing behind."""
-    path = Path(folder)
-    if gate:
-        gate.check(path)
-    load_adapter(model, key, path)
-    head = model.get_output_embeddings()
-    if isinstance(head, LoRALinear) and key in head.scaling:
-        unload_adapter(model, key)
-        # The head sees the last tokens only, so a mixed batch's stretches do not fit it.
-        raise DeltaError(f"{folder}: it adapts the output head, which is not served; train without `lm_head`")
 
 
 def _segments(rows: list[Row], keys: list[str | None]) -> list[Segment]:
@@ -173,14 +160,3 @@ class TorchEngineConfig(ModelEngineConfig):
         num_blocks, length = scheduler.pool.num_blocks, scheduler.max_length
         cache = paged.KVCache(num_blocks, scheduler.block_size, scheduler.max_num_seqs, length, device)
         return TorchRunner(model, gate, cache)
-
-
-def engine_info(engine: str, gate: DeltaGate, scheduler: Scheduler) -> EngineInfo:
-    """Facts to report about an engine over a base."""
-    return EngineInfo(
-        engine=engine,
-        base=gate.identity["name"],
-        base_digest=gate.identity["digest"],
-        chat_template_hash=gate.template_hash,
-        max_length=scheduler.max_length,
-    )
