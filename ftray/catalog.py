@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, str]] = {
         "dedup": "ftray.data.transform.dedup:ExactDedup",
         "length": "ftray.data.transform.length:Length",
         "near_dedup": "ftray.data.transform.near_dedup:NearDedup",
+        "pii": "ftray.data.transform.pii:Pii",
         "split": "ftray.data.transform.split:Split",
     },
     "metric": {
