@@ -81,9 +81,11 @@ class DataConfig:
     """Where the rows come from and how they become token shards."""
 
     train: Paths
-    """Files or globs of training rows (JSON lines)."""
+    """Training rows: files, globs, folders, URLs or Hub ids; `#500` behind one takes 500 of its rows."""
     validation: Paths = Field(default_factory=list)
     """Files or globs of validation rows; empty: no validation loss, or what the transform `split` sets apart."""
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+    """What a row of a plain text file is: the whole file, a run of lines between blank ones, or a line."""
     columns: dict[RowField, str] = Field(default_factory=dict)
     """Where the rows hold what, if not under the known names: `{prompt: question, completion: answer}`."""
     transforms: list[Annotated[Any, Piece("transform")]] = Field(default_factory=lambda: ["clean", "length"])

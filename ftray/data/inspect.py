@@ -1,7 +1,7 @@
 """What is in source files and in prepared shards, as plain numbers for a person to look at."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from ftray.core.types import Progress, no_progress
 from ftray.data.read import IGNORE_INDEX, Shards
-from ftray.data.rows import BadRow, parse_line
-from ftray.data.source import find_files, read_lines, split_units
+from ftray.data.rows import BadRow
+from ftray.data.source import Records, SampleBy, find_sources, parse_record, split_units
 
 
 @dataclass
@@ -28,36 +28,48 @@ class FileReport:
     bad: Counter[str] = field(default_factory=Counter)
     """Rows that cannot be used, by reason."""
     first_bad_line: int | None = None
-    """Line number of the first of them, from 1."""
+    """Number of the first of them, from 1: of its line, or its row where there are no lines."""
     chars: int = 0
     """Characters of text in the usable rows."""
 
 
-def inspect_files(patterns: Sequence[str], progress: Progress = no_progress) -> list[FileReport]:
-    """Read source files as preparation would and report on each. Raises `DataError` for a missing one."""
-    reports: dict[str, FileReport] = {}
+def inspect_files(
+    patterns: Sequence[str],
+    progress: Progress = no_progress,
+    *,
+    columns: Mapping[str, str] | None = None,
+    sample_by: SampleBy = "document",
+) -> list[FileReport]:
+    """Read source files as preparation would and report on each.
+
+    Args:
+        patterns: files, globs, folders, URLs or Hub ids.
+        progress: called with the source bytes done and their total.
+        columns: as in `DataConfig`.
+        sample_by: as in `DataConfig`.
+
+    Raises:
+        DataError: one line, for a missing one.
+    """
+    sources = find_sources(patterns, sample_by)
+    reports = {source.file: FileReport(source.file, source.size_bytes) for source in sources}
     lines_before: Counter[str] = Counter()
-    files = find_files(patterns)
-    sizes = {str(file): file.stat().st_size for file in files}
     done = 0
-    for file, size in sizes.items():
-        reports[file] = FileReport(file, size)
-    for unit in split_units(files):
-        report = reports[unit.file]
-        lines, number = read_lines(unit)
-        for line in lines:
+    for unit in split_units(sources):
+        report, records = reports[unit.file], Records(unit)
+        for record in records:
             report.rows += 1
             try:
-                row = parse_line(line.content)
+                row = parse_record(unit, record, columns)
             except BadRow as error:
                 report.bad[str(error)] += 1
-                report.first_bad_line = report.first_bad_line or lines_before[unit.file] + line.number + 1
+                report.first_bad_line = report.first_bad_line or lines_before[unit.file] + record.number + 1
                 continue
             report.shapes[row.shape] += 1
             report.chars += sum(len(span.text) for span in row.spans)
-        lines_before[unit.file] += number
+        lines_before[unit.file] += records.lines
         done += unit.stop - unit.start
-        progress(done, sum(sizes.values()))
+        progress(done, sum(source.size_bytes for source in sources))
     return list(reports.values())
 
 

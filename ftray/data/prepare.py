@@ -17,7 +17,7 @@ from ftray.core.types import Progress, no_progress
 from ftray.data.dataset import QUARANTINE, Dataset, Prefix
 from ftray.data.fingerprint import fingerprints
 from ftray.data.read import FORMAT_VERSION
-from ftray.data.source import UNIT_BYTES, Unit, find_files, split_units
+from ftray.data.source import UNIT_BYTES, Unit, find_sources, split_units
 from ftray.data.store import Folder, open_store
 from ftray.data.tokenise import Tokeniser, tokeniser
 from ftray.data.transform.base import Barrier, Mask
@@ -74,18 +74,19 @@ class Preparation:
         data = part_of(data, split)
         self.data, self.patterns = data, data.train if split == "train" else data.validation
         if not self.patterns:
-            raise DataError(f"data.{split}: names no file; add paths or globs of JSON lines")
-        groups = _files(self.patterns)
+            raise DataError(f"data.{split}: names no file; add paths, globs or URLs")
+        found = find_sources(self.patterns, data.sample_by)
         tok = tokeniser(_absolute(tokenizer_folder))
         self.store = open_store(data.cache_dir)
         how = _how(data, tok)
         sources = [
-            {**entry, "pattern": pattern}
-            for entry, pattern in zip(fingerprints(list(groups), self.store), groups.values(), strict=True)
+            {**entry, "pattern": source.pattern}
+            for entry, source in zip(fingerprints([s.file for s in found], self.store), found, strict=True)
         ]
         self.sources = {source["file"]: source for source in sources}
         # Where a file lies is not part of what the data are.
-        digest = digest_json({**how, "sources": [source["digest"] for source in sources]})
+        contents = [[entry["digest"], source.sample] for entry, source in zip(sources, found, strict=True)]
+        digest = digest_json({**how, "sources": contents})
         identity = {**how, "sources": sources, "digest": digest}
         name = f"{split}-{digest_json(identity).removeprefix('xxh3:')[:16]}"
         self.dataset = Dataset(self.store, name, identity, data.window_shards)
@@ -96,9 +97,10 @@ class Preparation:
             packing=data.packing,
             overlong=data.overlong,
             store=self.store,
+            columns={str(name): column for name, column in data.columns.items()},
         )
         self.how = how
-        self.units = split_units(list(groups), UNIT_BYTES)
+        self.units = split_units(found, UNIT_BYTES)
 
     @property
     def folder(self) -> Folder:
@@ -165,15 +167,6 @@ class Preparation:
         return unit_key(self.how, self.sources[unit.file]["digest"], unit, masks, place)
 
 
-def _files(patterns: Sequence[str]) -> dict[Any, str]:
-    """Every source file with the first pattern that names it."""
-    groups: dict[Any, str] = {}
-    for pattern in patterns:
-        for file in find_files([pattern]):
-            groups.setdefault(file, pattern)
-    return groups
-
-
 def _absolute(tokenizer_folder: str) -> str:
     """Workers on other nodes start elsewhere, so what is a path is made absolute; a Hub id stays as it is."""
     from pathlib import Path
@@ -187,6 +180,7 @@ def _how(data: DataConfig, tok: Tokeniser) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "unit_bytes": UNIT_BYTES,
+        "columns": dict(data.columns),
         "transforms": dump(data.transforms),
         "max_length": data.max_length,
         "packing": data.packing,

@@ -7,8 +7,8 @@ from typing import Any
 from ftray.core.errors import DataError
 from ftray.core.fs import commit_dir
 from ftray.core.types import Progress, no_progress
-from ftray.data.rows import BadRow, parse_line
-from ftray.data.source import Unit, find_files, read_lines, split_units
+from ftray.data.rows import BadRow
+from ftray.data.source import Records, Unit, find_sources, parse_record, split_units
 
 END, PAD = "<|end|>", "<|pad|>"
 
@@ -28,7 +28,7 @@ def train_tokenizer(
     """Train on every text of the rows in some files.
 
     Args:
-        patterns: files, folders or globs of JSON lines; rows that cannot be used are passed over and counted.
+        patterns: files, folders, globs or URLs; rows that cannot be used are passed over and counted.
         folder: where the tokenizer is saved.
         vocab_size: tokens, the 256 bytes and 2 special tokens among them.
         progress: called with the source bytes read and their total.
@@ -44,7 +44,7 @@ def train_tokenizer(
     if folder.exists():
         raise DataError(f"{folder}: is there already; name another folder or delete it")
     bad: list[str] = []
-    texts = _texts(split_units(find_files(patterns)), progress, bad)
+    texts = _texts(split_units(find_sources(patterns)), progress, bad)
     first = next(texts, None)
     if first is None:
         raise DataError(f"{', '.join(patterns)}: no row that can be used; see `ftray data inspect`")
@@ -78,9 +78,9 @@ def _as_hugging_face(core: Any) -> Any:
 def _texts(units: Sequence[Unit], progress: Progress, bad: list[str]) -> Iterator[str]:
     total = sum(unit.stop - unit.start for unit in units)
     for unit in units:
-        for line in read_lines(unit)[0]:
+        for record in Records(unit):
             try:
-                row = parse_line(line.content)
+                row = parse_record(unit, record)
             except BadRow as error:
                 bad.append(str(error))
                 continue

@@ -5,7 +5,7 @@ what comes out.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from ftray.data.overlong import Overlong, fit
 from ftray.data.pack import Packed, pack
-from ftray.data.rows import BadRow, parse_line, to_table
-from ftray.data.source import Unit, read_lines
+from ftray.data.rows import BadRow, to_table
+from ftray.data.source import Records, Unit, parse_record
 from ftray.data.store import Store
 from ftray.data.tokenise import Tokenised, tokenise, tokeniser
 from ftray.data.transform.base import Barrier, Mask, RowTransform, apply_transforms
@@ -36,6 +36,8 @@ class Plan:
     """What happens to documents longer than a row."""
     store: Store
     """Where shards are written."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Fields of a shape and the columns that hold them."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,16 @@ def run_here(work: Callable[[Task], Outcome], tasks: Sequence[Task]) -> Iterator
 def work_on(plan: Plan, task: Task) -> Outcome:
     """Prepare one unit. Raises `DataError` for what no row can be blamed for (a file, the tokenizer)."""
     unit = task.unit
-    lines, number = read_lines(unit)
-    outcome = Outcome(unit, number, rows=len(lines))
+    records = Records(unit)
+    outcome = Outcome(unit, 0)
     parsed = []
-    for line in lines:
+    for record in records:
+        outcome.rows += 1
         try:
-            parsed.append((line.offset, line.number, parse_line(line.content)))
+            parsed.append((record.offset, record.number, parse_record(unit, record, plan.columns)))
         except BadRow as error:
-            _quarantine(outcome, line.offset, line.number, str(error))
+            _quarantine(outcome, record.offset, record.number, str(error))
+    outcome.lines = records.lines
     result = apply_transforms(to_table(parsed), plan.transforms, task.masks)
     outcome.filtered, outcome.changed = result.filtered, result.changed
     if not task.final:
