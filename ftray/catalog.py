@@ -41,9 +41,11 @@ METHODS: dict[str, dict[str, str]] = {
     "transform": {
         "clean": "ftray.data.transform.clean:Clean",
         "dedup": "ftray.data.transform.dedup:ExactDedup",
+        "language": "ftray.data.transform.language:Language",
         "length": "ftray.data.transform.length:Length",
         "near_dedup": "ftray.data.transform.near_dedup:NearDedup",
         "pii": "ftray.data.transform.pii:Pii",
+        "quality": "ftray.data.transform.quality:Quality",
         "split": "ftray.data.transform.split:Split",
     },
     "metric": {

@@ -167,6 +167,8 @@ def _print_counts(folder: Path) -> None:
     table.add_row("rows filled", f"{full:.2%}")
     for rule, count in counts["filtered"].items():
         table.add_row(f"filtered by {rule}", f"{count:,}")
+    for rule, count in counts["changed"].items():
+        table.add_row(f"changed by {rule}", f"{count:,}")
     for reason, count in counts["quarantined"].items():
         table.add_row(f"quarantined: {reason}", f"{count:,}")
     out.print(table, highlight=False)
