@@ -9,6 +9,9 @@ def command(
     recipe: Annotated[str, typer.Argument(help="Recipe file (YAML).")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes, as `section.field=value`.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run of this name.")] = False,
+    accept_changed_data: Annotated[
+        bool, typer.Option(help="With --resume: go on though the rows, the seed or the batch size changed.")
+    ] = False,
 ) -> None:
     """Train one recipe."""
     from ftray.cli.screen import out, run_bars
@@ -22,7 +25,13 @@ def command(
     )  # after the recipe: a mistake in it is told without waiting for Ray
 
     with run_bars(spec.name) as (on_prepare, on_record):
-        result = launch(spec, resume=resume, on_record=on_record, on_prepare=on_prepare)
+        result = launch(
+            spec,
+            resume=resume,
+            accept_changed_data=accept_changed_data,
+            on_record=on_record,
+            on_prepare=on_prepare,
+        )
     out.print(f"data: {counts_line(result.rows)}", highlight=False, soft_wrap=True)
     shown = "  ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
     out.print(f"{spec.name}: {result.step} steps, {result.tokens:,} tokens  {shown}", highlight=False)

@@ -77,6 +77,25 @@ class ModelConfig:
 
 
 @spec
+class MixtureEntry:
+    """A source's share of training."""
+
+    source: str
+    """One of the entries of `data.train`, as written there."""
+    weight: float = Field(gt=0)
+    """Share of the rows of training; shares are divided by their sum."""
+    max_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the source after which its share goes to the others."""
+
+
+def _as_mixture(value: Any) -> Any:
+    """`{source: weight}` for short."""
+    if isinstance(value, dict):
+        return [{"source": source, "weight": weight} for source, weight in value.items()]
+    return value
+
+
+@spec
 class DataConfig:
     """Where the rows come from and how they become token shards."""
 
@@ -105,6 +124,8 @@ class DataConfig:
     """Where prepared shards are kept: a folder all nodes share, or a URL (`s3://...`)."""
     window_shards: int = Field(default=256, ge=1)
     """Shards (of 4 MiB of source each) in a window; rows are shuffled inside windows, windows come in order."""
+    mixture: Annotated[list[MixtureEntry], BeforeValidator(_as_mixture)] = Field(default_factory=list)
+    """Shares of the entries of `train` in training; empty: every row once an epoch."""
 
     def __post_init__(self) -> None:
         # Field default factories are not validated, so names given above become objects here.

@@ -1,12 +1,15 @@
 """The order of training rows: a pure function of (seed, position), whatever the number of workers.
 
-Global batch k holds positions [k*G, (k+1)*G) of the endless concatenation of one keyed permutation per epoch.
+Global batch k holds positions [k*G, (k+1)*G) of an endless sequence: epoch after epoch, in each the windows of the
+data set in their order, in each window its rows in a keyed permutation. A small data set is one window; of a large
+one, only the shards of a window or two are read at a time, and a window can be trained while the next is prepared.
 A permutation is a Feistel network over the next even power of two with cycle walking (Black & Rogaway,
 "Ciphers with arbitrary finite domains", 2002), so that any index is computed in O(1) memory and no list of
 rows is ever shuffled or stored. The cursor of a run is the one integer k.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,15 +27,17 @@ class Permutation:
         n: number of rows.
         seed: the run's seed.
         epoch: which pass over the rows.
+        window: which window of them.
     """
 
-    def __init__(self, n: int, seed: int, epoch: int) -> None:
+    def __init__(self, n: int, seed: int, epoch: int, window: int = 0) -> None:
         assert n > 0
         self.n = n
         bits = max(2, (n - 1).bit_length())
         self._half = np.uint64((bits + 1) // 2)
         self._mask = np.uint64((1 << int(self._half)) - 1)
-        key = hashlib.blake2b(f"{n}:{seed}:{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+        name = f"{n}:{seed}:{epoch}" + (f":{window}" if window else "")
+        key = hashlib.blake2b(name.encode(), digest_size=8 * _ROUNDS).digest()
         self._keys = np.frombuffer(key, "<u8")
 
     def __call__(self, positions: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -70,32 +75,60 @@ class Order:
     """
 
     num_rows: int
-    """Rows of the data set."""
+    """Rows of the data set (of the windows that are ready, while it is being prepared)."""
     global_batch_size: int
     """Rows in one optimiser step over all workers."""
     seed: int
     """The run's seed."""
+    windows: tuple[int, ...] = ()
+    """Rows of each window, in order; empty: one window."""
+    offset: int = 0
+    """Position at which batch 0 would begin; not 0 once a run has gone on with another batch size."""
 
     def __post_init__(self) -> None:
         if self.num_rows < 1 or self.global_batch_size < 1:
             raise ValueError(f"an order needs rows and a batch size of at least 1: {self}")
+        assert not self.windows or sum(self.windows) == self.num_rows
 
     def batch(self, k: int) -> npt.NDArray[np.int64]:
         """Row indices of global batch `k`, [global_batch_size]."""
-        start = k * self.global_batch_size
-        stop = start + self.global_batch_size
-        parts = []
-        while start < stop:
-            epoch, position = divmod(start, self.num_rows)
-            count = min(stop - start, self.num_rows - position)
-            permutation = Permutation(self.num_rows, self.seed, epoch)
-            parts.append(permutation(np.arange(position, position + count)))
-            start += count
-        return np.concatenate(parts)
+        start = self.position(k)
+        return self.rows(np.arange(start, start + self.global_batch_size))
+
+    def rows(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Row indices at positions of the endless sequence, in ascending positions."""
+        return windowed(positions, self.windows or (self.num_rows,), self.seed)
+
+    def position(self, k: int) -> int:
+        """Position of the first row of global batch `k`."""
+        return self.offset + k * self.global_batch_size
 
     def epoch(self, k: int) -> float:
         """Passes over the data made when batches 0 to k-1 are done."""
-        return k * self.global_batch_size / self.num_rows
+        return self.position(k) / self.num_rows
+
+
+def windowed(positions: npt.NDArray[np.int64], windows: Sequence[int], seed: int) -> npt.NDArray[np.int64]:
+    """Row indices at ascending positions of epoch after epoch, each a permutation inside every window.
+
+    Args:
+        positions: ascending, from 0.
+        windows: rows of each window.
+        seed: the run's seed.
+    """
+    ends = np.cumsum(windows)
+    epochs, places = np.divmod(positions, ends[-1])
+    numbers = np.searchsorted(ends, places, side="right")
+    rows = np.empty_like(positions)
+    # Ascending positions lie in few (epoch, window) pairs, each a run of its own.
+    changes = np.flatnonzero((np.diff(epochs) != 0) | (np.diff(numbers) != 0)) + 1
+    for part in np.split(np.arange(len(positions)), changes):
+        if len(part):
+            number = int(numbers[part[0]])
+            begin = int(ends[number]) - windows[number]
+            permutation = Permutation(windows[number], seed, int(epochs[part[0]]), number)
+            rows[part] = begin + permutation(places[part] - begin)
+    return rows
 
 
 def dp_slice(indices: npt.NDArray[np.int64], dp_rank: int, dp_size: int) -> npt.NDArray[np.int64]:

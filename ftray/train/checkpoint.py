@@ -42,7 +42,9 @@ class State:
     """Where a run stands; all that is needed, besides tensors, to go on."""
 
     step: int = 0
-    """Optimiser steps done; also the data cursor."""
+    """Optimiser steps done."""
+    position: int = 0
+    """Rows taken from the data order: the data cursor, whatever batch sizes took them."""
     tokens: int = 0
     """Tokens seen over all ranks."""
     elapsed_s: float = 0.0
@@ -53,12 +55,13 @@ class State:
     """Loss of the last step."""
 
 
-def run_identity(recipe: Recipe, data_digest: str) -> dict[str, str]:
-    """Digests that say what may continue what.
+def run_identity(recipe: Recipe, data_digest: str) -> dict[str, Any]:
+    """What says what may continue what.
 
     `run`: everything that changes the numbers, but not the strategy (another world size continues the same
     curve) nor how often something is saved. `structure`: what the tensors' shapes and the rows depend on; a
-    population's members share it while they differ in the rest.
+    population's members share it while they differ in the rest. `data`, `seed`, `global_batch_size` and `order`
+    decide which rows come next; a run goes on with other ones only if told to.
     """
     tree = dump(recipe)
     for key in _HOUSEKEEPING:
@@ -68,15 +71,27 @@ def run_identity(recipe: Recipe, data_digest: str) -> dict[str, str]:
         base = base_identity(recipe.model.model_name_or_path)["digest"]
         tree["model"] = {"base": base, "dtype": recipe.model.dtype}
     structure = {key: tree[key] for key in ("model", "adapt")}
-    run = {key: tree[key] for key in ("seed", "objective", "optim", "lr_scheduler", "train")}
-    return {"run": digest_json(run), "structure": digest_json(structure), "data": data_digest}
+    batch_size = tree["train"].pop("global_batch_size")
+    run = {key: tree[key] for key in ("objective", "optim", "lr_scheduler", "train")}
+    return {
+        "run": digest_json(run),
+        "structure": digest_json(structure),
+        "data": data_digest,
+        "seed": recipe.seed,
+        "global_batch_size": batch_size,
+        "order": digest_json({key: tree["data"][key] for key in ("window_shards", "mixture")}),
+    }
 
 
 _OTHER = {
-    "run": "other settings (seed, objective, optim, lr_scheduler or train)",
+    "run": "other settings (objective, optim, lr_scheduler or train)",
     "structure": "another base or adapter",
-    "data": "other training rows",
+    "data": "other training rows (sources, transforms, tokenizer or sizes of `data`)",
+    "order": "another `data.window_shards` or `data.mixture`",
+    "seed": "`seed: {then}`, now it is {now}",
+    "global_batch_size": "`train.global_batch_size: {then}`, now it is {now}",
 }
+_ROWS_NEXT = ("data", "seed", "global_batch_size", "order")
 
 
 class Checkpoints:
@@ -88,7 +103,7 @@ class Checkpoints:
         keep: how many committed ones stay.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, str], keep: int) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int) -> None:
         self.folder, self.identity, self.keep = folder, dict(identity), keep
 
     def commit(
@@ -143,6 +158,7 @@ class Checkpoints:
         optimizers: Sequence[torch.optim.Optimizer],
         *,
         same_run: bool,
+        accept_changed_data: bool = False,
     ) -> State:
         """Load a checkpoint into parameters and optimisers.
 
@@ -151,14 +167,13 @@ class Checkpoints:
             parameters: what trains, by name.
             optimizers: built from the same parameters.
             same_run: the checkpoint must be of this very run; otherwise of the same structure and data.
+            accept_changed_data: what decides which rows come next may differ; the position in the order stays.
 
         Raises:
             CheckpointError: one line, if it is damaged or belongs to something else.
         """
         manifest = read_manifest(path)
-        for key in ("run", "structure", "data") if same_run else ("structure", "data"):
-            if manifest["identity"][key] != self.identity[key]:
-                raise CheckpointError(f"{path}: was made with {_OTHER[key]}; give this run another `name`")
+        self._check_identity(path, manifest["identity"], same_run, accept_changed_data)
         tensors = load_file(path / "trainable.safetensors")
         if tensors.keys() != parameters.keys():
             odd = sorted(tensors.keys() ^ parameters.keys())[0]
@@ -168,6 +183,19 @@ class Checkpoints:
                 parameter.copy_(tensors[name])
         load_state_tensors(parameters, optimizers, load_file(path / "optimizer.safetensors"))
         return State(**manifest["state"])
+
+    def _check_identity(
+        self, path: Path, made_with: Mapping[str, Any], same_run: bool, accept_changed_data: bool
+    ) -> None:
+        keys = ("run", "structure", *_ROWS_NEXT) if same_run else ("structure", "data")
+        for key in keys:
+            then, now = made_with.get(key), self.identity[key]
+            if then == now or (accept_changed_data and key in _ROWS_NEXT):
+                continue
+            remedy = "give this run another `name`"
+            if key in _ROWS_NEXT:
+                remedy += ", or go on all the same with `--accept-changed-data`"
+            raise CheckpointError(f"{path}: was made with {_OTHER[key].format(then=then, now=now)}; {remedy}")
 
     def _prune(self) -> None:
         for path in sorted(self.folder.glob("step-*"))[: -self.keep]:

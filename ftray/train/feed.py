@@ -1,15 +1,18 @@
 """The rows of a step: from the global order to this rank's micro batches."""
 
+import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ftray.config.recipe import DataConfig
+from ftray.data.arrange import arrange
 from ftray.data.batch import Batch, collate
-from ftray.data.order import Order, dp_slice
+from ftray.data.order import dp_slice
 from ftray.data.read import Shards
+from ftray.data.store import Folder
 from ftray.strategy.base import Strategy
 
 
@@ -20,6 +23,7 @@ class Feed:
         train: prepared shards.
         validation: prepared shards, or None.
         strategy: says which part of a global batch is this rank's.
+        data: window size and mixture.
         global_batch_size: rows in one optimiser step.
         micro_batch_size: rows in one forward pass.
         seed: the run's seed.
@@ -27,9 +31,10 @@ class Feed:
 
     def __init__(
         self,
-        train: Path,
-        validation: Path | None,
+        train: Folder,
+        validation: Folder | None,
         strategy: Strategy,
+        data: DataConfig,
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -37,7 +42,7 @@ class Feed:
     ) -> None:
         self.shards = Shards(train)
         self.validation = Shards(validation) if validation else None
-        self.order = Order(len(self.shards), global_batch_size, seed)
+        self.order = arrange(self.shards.manifest, data, global_batch_size, seed)
         self.strategy, self.micro_batch_size = strategy, micro_batch_size
 
     @property
@@ -49,6 +54,11 @@ class Feed:
     def counts(self) -> dict[str, Any]:
         """What became of the training rows when they were prepared."""
         return dict(self.shards.manifest["counts"])
+
+    def go_on(self, step: int, position: int) -> None:
+        """Begin step `step` at a position of the order, whatever batch sizes came before."""
+        offset = position - step * self.order.global_batch_size
+        self.order = dataclasses.replace(self.order, offset=offset)
 
     def rows(self, step: int) -> npt.NDArray[np.int64]:
         """This rank's row indices of a step; -1 fills up a batch that does not divide."""

@@ -41,6 +41,7 @@ def launch(
     recipe: Recipe,
     *,
     resume: bool = False,
+    accept_changed_data: bool = False,
     on_record: Callable[[Record], None] | None = None,
     on_prepare: Progress = no_progress,
 ) -> Result:
@@ -49,6 +50,7 @@ def launch(
     Args:
         recipe: the run.
         resume: go on with the run of the same name; without it such a run is left alone and refused.
+        accept_changed_data: go on though the rows, the seed or the batch size have changed since.
         on_record: called with every record of metrics as it appears.
         on_prepare: progress of the preparation of rows.
 
@@ -61,13 +63,18 @@ def launch(
         raise CheckpointError(f"{run_dir}: holds a run already; use `--resume`, or another `name`")
     check_model(recipe)  # a wrong base or adapter is told before rows are prepared and workers start
     if recipe.strategy.in_process:
-        return train(recipe, LocalIO(run_dir, on_record, on_prepare))
+        io = LocalIO(run_dir, on_record, on_prepare)
+        return train(recipe, io, accept_changed_data=accept_changed_data)
     with session():
-        return _launch_workers(recipe, run_dir, on_record, on_prepare)
+        return _launch_workers(recipe, run_dir, accept_changed_data, on_record, on_prepare)
 
 
 def _launch_workers(
-    recipe: Recipe, run_dir: Path, on_record: Callable[[Record], None] | None, on_prepare: Progress
+    recipe: Recipe,
+    run_dir: Path,
+    accept_changed_data: bool,
+    on_record: Callable[[Record], None] | None,
+    on_prepare: Progress,
 ) -> Result:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -92,6 +99,7 @@ def _launch_workers(
             "run_dir": str(run_dir),
             "shards": shards,
             "cwd": str(Path.cwd()),
+            "accept_changed_data": accept_changed_data,
         },
         scaling_config=ScalingConfig(
             num_workers=strategy.num_workers,
@@ -134,7 +142,11 @@ def _worker(config: dict[str, Any]) -> None:
         sys.path.insert(0, config["cwd"])
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     try:
-        train(parse(Recipe, config["recipe"]), RayIO(run_dir, config["shards"]))
+        train(
+            parse(Recipe, config["recipe"]),
+            RayIO(run_dir, config["shards"]),
+            accept_changed_data=config["accept_changed_data"],
+        )
     except FtrayError as error:
         write_json(run_dir / MISTAKE, {"type": type(error).__name__, "message": str(error)})
         raise

@@ -60,6 +60,7 @@ class Run:
         self.state = dataclasses.replace(
             state,
             step=state.step + 1,
+            position=self.feed.order.position(state.step + 1),
             tokens=state.tokens + report.tokens,
             elapsed_s=elapsed_s,
             loss=report.loss,

@@ -20,7 +20,14 @@ from ftray.train.io import IO
 from ftray.train.run import Result, Run
 
 
-def train(recipe: Recipe, io: IO, *, start_from: Path | None = None, stop_at: int | None = None) -> Result:
+def train(
+    recipe: Recipe,
+    io: IO,
+    *,
+    start_from: Path | None = None,
+    stop_at: int | None = None,
+    accept_changed_data: bool = False,
+) -> Result:
     """Train a recipe, or go on with it.
 
     Args:
@@ -28,12 +35,13 @@ def train(recipe: Recipe, io: IO, *, start_from: Path | None = None, stop_at: in
         io: its surroundings; the run goes on from the newest checkpoint in `io.run_dir`, if there is one.
         start_from: a committed checkpoint of the same structure (a donor's) to begin with instead of nothing.
         stop_at: end after this optimiser step (a segment of a longer run), with a checkpoint and a delta.
+        accept_changed_data: go on though the rows, the seed or the batch size are not those of the checkpoint.
 
     Raises:
         TrainError: if the loss or the gradient stops being finite and the recipe says to stop.
     """
     try:
-        run = begin(recipe, io, start_from)
+        run = begin(recipe, io, start_from, accept_changed_data)
         progress = run.clock.progress(run.state.step)
         while progress < 1 and run.state.step != stop_at:
             progress = one_step(run, progress)
@@ -60,7 +68,7 @@ def one_step(run: Run, progress: float) -> float:
     return progress
 
 
-def begin(recipe: Recipe, io: IO, start_from: Path | None) -> Run:
+def begin(recipe: Recipe, io: IO, start_from: Path | None, accept_changed_data: bool = False) -> Run:
     """Everything a run needs before its first step, restored from its newest checkpoint or from `start_from`."""
     strategy, settings = recipe.strategy, recipe.train
     main = strategy.dp_rank == 0
@@ -70,6 +78,7 @@ def begin(recipe: Recipe, io: IO, start_from: Path | None) -> Run:
     feed = Feed(
         *io.prepare(recipe),
         strategy,
+        recipe.data,
         global_batch_size=settings.global_batch_size,
         micro_batch_size=settings.per_device_train_batch_size,
         seed=recipe.seed,
@@ -82,7 +91,14 @@ def begin(recipe: Recipe, io: IO, start_from: Path | None) -> Run:
     own: Path | None = strategy.share(checkpoints.newest() if main else None)
     state = State()
     if source := own or start_from:
-        state = checkpoints.restore(source, parameters, optimizers, same_run=own is not None)
+        state = checkpoints.restore(
+            source,
+            parameters,
+            optimizers,
+            same_run=own is not None,
+            accept_changed_data=accept_changed_data,
+        )
+        feed.go_on(state.step, state.position)
     engine = FirstOrder(
         Policy(model),
         recipe.objective,

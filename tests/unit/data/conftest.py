@@ -39,8 +39,7 @@ def config(tmp_path: Path) -> Callable[..., DataConfig]:
     """A data section with a cache of its own."""
 
     def make(train: Path | str, **fields: Any) -> DataConfig:
-        return DataConfig(
-            train=[str(train)], cache_dir=str(tmp_path / "cache"), **{"max_length": 64, **fields}
-        )
+        defaults = {"cache_dir": str(tmp_path / "cache"), "max_length": 64}
+        return DataConfig(train=[str(train)], **{**defaults, **fields})
 
     return make

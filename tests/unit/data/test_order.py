@@ -74,3 +74,27 @@ def test_a_change_of_dp_size_in_mid_epoch_loses_and_repeats_nothing() -> None:
 def test_an_empty_order_is_refused() -> None:
     with pytest.raises(ValueError, match="needs rows"):
         Order(0, 4, seed=0)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 30), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_windows_come_in_order_and_are_shuffled_inside(windows: list[int], batch: int, seed: int) -> None:
+    rows = sum(windows)
+    order = Order(rows, batch, seed, tuple(windows))
+    steps = -(-2 * rows // batch)
+    seen = np.concatenate([order.batch(k) for k in range(steps)])[: 2 * rows]
+    ends = np.cumsum(windows)
+    for epoch in np.split(seen, 2):
+        for begin, end in zip(ends - windows, ends, strict=True):
+            assert np.array_equal(np.sort(epoch[begin:end]), np.arange(begin, end))
+
+
+def test_one_window_is_the_order_without_windows() -> None:
+    plain, windowed = Order(1000, 16, seed=4), Order(1000, 16, seed=4, windows=(1000,))
+    assert all(np.array_equal(plain.batch(k), windowed.batch(k)) for k in range(100))
+
+
+def test_a_window_s_rows_do_not_depend_on_what_follows() -> None:
+    """What is trained while the rest is prepared is what would be trained if all were there."""
+    whole, begun = Order(90, 7, 3, windows=(40, 30, 20)), Order(70, 7, 3, windows=(40, 30))
+    assert all(np.array_equal(whole.batch(k), begun.batch(k)) for k in range(10))
