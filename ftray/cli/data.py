@@ -85,12 +85,14 @@ def show(
     rows: Annotated[int, typer.Option(min=1, help="Documents to show.")] = 3,
     validation: Annotated[bool, typer.Option(help="Of the validation rows.")] = False,
 ) -> None:
-    """Print documents token by token: green is what the model learns to produce, dim is context."""
+    """Print documents token by token: green is learnt (yellow: with another weight than 1), dim is context.
+
+    Tokens take turns in brightness; special tokens are underlined. Without colours, what is learnt is put in ⟦ ⟧.
+    """
     from itertools import islice
 
-    from rich.text import Text
-
     from ftray.cli.screen import bar, out
+    from ftray.cli.tokens import shown
     from ftray.data.inspect import documents
     from ftray.data.prepare import prepare_local
     from ftray.data.read import Shards
@@ -101,13 +103,10 @@ def show(
         folder = prepare_local(
             spec.data, spec.model.tokenizer, "validation" if validation else "train", progress
         )
-    backend = tokeniser(spec.model.tokenizer).backend
+    tok = tokeniser(spec.model.tokenizer)
     for document in islice(documents(Shards(folder)), rows):
-        text, targets = Text(), sum(document.is_target)
-        for piece, is_target in _runs(document.token_ids, document.is_target):
-            text.append(backend.decode(piece, skip_special_tokens=False), "green" if is_target else "dim")
-        out.rule(f"{len(document.token_ids)} tokens, {targets} targets", align="left")
-        out.print(text, soft_wrap=True)
+        out.rule(f"{len(document.token_ids)} tokens, {sum(document.is_target)} targets", align="left")
+        out.print(shown(document, tok, marks=out.color_system is None), soft_wrap=True)
 
 
 @app.command()
@@ -174,11 +173,3 @@ def _print_counts(folder: Path) -> None:
     out.print(table, highlight=False)
     if counts["quarantined"]:
         out.print(f"quarantined rows: {folder / QUARANTINE}", highlight=False, soft_wrap=True)
-
-
-def _runs(token_ids: list[int], is_target: list[bool]) -> list[tuple[list[int], bool]]:
-    """Tokens in runs of targets and of context."""
-    from itertools import groupby
-
-    pairs = groupby(zip(token_ids, is_target, strict=True), key=lambda pair: pair[1])
-    return [([token for token, _ in group], target) for target, group in pairs]

@@ -81,6 +81,8 @@ class Document:
     """Its tokens."""
     is_target: list[bool]
     """Which of them the model learns to produce."""
+    weights: list[float]
+    """Weight of each in the loss."""
 
 
 def documents(shards: Shards) -> Iterator[Document]:
@@ -88,8 +90,9 @@ def documents(shards: Shards) -> Iterator[Document]:
     for index in range(len(shards)):
         row = shards.row(index)
         cuts = np.cumsum(row.doc_lens)[:-1]
-        for ids, labels in zip(np.split(row.input_ids, cuts), np.split(row.labels, cuts), strict=True):
-            yield Document(ids.tolist(), (labels != IGNORE_INDEX).tolist())
+        columns = (np.split(column, cuts) for column in (row.input_ids, row.labels, row.weights))
+        for ids, labels, weights in zip(*columns, strict=True):
+            yield Document(ids.tolist(), (labels != IGNORE_INDEX).tolist(), weights.tolist())
 
 
 def document_lens(folder: Path) -> np.ndarray:

@@ -61,7 +61,7 @@ def test_inspect(recipe: Path) -> None:
 
 def test_show(recipe: Path) -> None:
     shown = run("show", str(recipe), "data.packing=false", "--rows", "1")
-    assert "# Answer: yes<|end|>" in shown
+    assert "# Answer:⟦ yes<|end|>⟧" in shown
     assert " tokens, 5 targets" in shown
 
 
