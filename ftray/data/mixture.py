@@ -181,8 +181,8 @@ def _source_rows(part: Part, places: Ints, seed: int, number: int) -> Ints:
     """Rows of the data set at ascending places of a source's own endless sequence."""
     lens = np.array([stop - start for start, stop in part.row_ids], np.int64)
     # Sources of equal size must not be shuffled alike.
-    local = windowed(places, lens.tolist(), seed * 1_000_003 + number + 1)
     ends = np.cumsum(lens)
+    local = windowed(places, ends, seed * 1_000_003 + number + 1)
     windows = np.searchsorted(ends, local, side="right")
     shifts: Ints = np.array([start for start, _ in part.row_ids], np.int64) - (ends - lens)
     return shifts[windows] + local

@@ -9,8 +9,7 @@ rows is ever shuffled or stored. The cursor of a run is the one integer k.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -84,20 +83,31 @@ class Order:
     """Rows of each window, in order; empty: one window."""
     offset: int = 0
     """Position at which batch 0 would begin; not 0 once a run has gone on with another batch size."""
+    _ends: npt.NDArray[np.int64] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_rows < 1 or self.global_batch_size < 1:
             raise ValueError(f"an order needs rows and a batch size of at least 1: {self}")
-        assert not self.windows or sum(self.windows) == self.num_rows
+        # Kept, since a large data set has thousands of windows and every batch asks where they end.
+        object.__setattr__(self, "_ends", np.cumsum(self.windows or (self.num_rows,), dtype=np.int64))
+        assert self._ends[-1] == self.num_rows
 
     def batch(self, k: int) -> npt.NDArray[np.int64]:
         """Row indices of global batch `k`, [global_batch_size]."""
         start = self.position(k)
         return self.rows(np.arange(start, start + self.global_batch_size))
 
+    def part(self, k: int, dp_rank: int, dp_size: int) -> npt.NDArray[np.int64]:
+        """One rank's rows of global batch `k`, as `dp_slice`, without computing those of the others."""
+        start = self.position(k)
+        rows = dp_slice(np.arange(start, start + self.global_batch_size), dp_rank, dp_size)
+        mine = rows != PADDING
+        rows[mine] = self.rows(rows[mine])
+        return rows
+
     def rows(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Row indices at positions of the endless sequence, in ascending positions."""
-        return windowed(positions, self.windows or (self.num_rows,), self.seed)
+        return windowed(positions, self._ends, self.seed)
 
     def position(self, k: int) -> int:
         """Position of the first row of global batch `k`."""
@@ -108,15 +118,16 @@ class Order:
         return self.position(k) / self.num_rows
 
 
-def windowed(positions: npt.NDArray[np.int64], windows: Sequence[int], seed: int) -> npt.NDArray[np.int64]:
+def windowed(
+    positions: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], seed: int
+) -> npt.NDArray[np.int64]:
     """Row indices at ascending positions of epoch after epoch, each a permutation inside every window.
 
     Args:
         positions: ascending, from 0.
-        windows: rows of each window.
+        ends: one past the last row of each window.
         seed: the run's seed.
     """
-    ends = np.cumsum(windows)
     epochs, places = np.divmod(positions, ends[-1])
     numbers = np.searchsorted(ends, places, side="right")
     rows = np.empty_like(positions)
@@ -125,8 +136,8 @@ def windowed(positions: npt.NDArray[np.int64], windows: Sequence[int], seed: int
     for part in np.split(np.arange(len(positions)), changes):
         if len(part):
             number = int(numbers[part[0]])
-            begin = int(ends[number]) - windows[number]
-            permutation = Permutation(windows[number], seed, int(epochs[part[0]]), number)
+            begin = int(ends[number - 1]) if number else 0
+            permutation = Permutation(int(ends[number]) - begin, seed, int(epochs[part[0]]), number)
             rows[part] = begin + permutation(places[part] - begin)
     return rows
 

@@ -62,7 +62,7 @@ class Feed:
 
     def rows(self, step: int) -> npt.NDArray[np.int64]:
         """This rank's row indices of a step; -1 fills up a batch that does not divide."""
-        return dp_slice(self.order.batch(step), self.strategy.dp_rank, self.strategy.dp_size)
+        return self.order.part(step, self.strategy.dp_rank, self.strategy.dp_size)
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro batches of a step."""

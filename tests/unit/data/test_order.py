@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.order import BATCH, RANKS, ROWS, WINDOW, build, check, measure
 from ftray.data.order import PADDING, Order, Permutation, dp_slice
 
 
@@ -98,3 +99,11 @@ def test_a_window_s_rows_do_not_depend_on_what_follows() -> None:
     """What is trained while the rest is prepared is what would be trained if all were there."""
     whole, begun = Order(90, 7, 3, windows=(40, 30, 20)), Order(70, 7, 3, windows=(40, 30))
     assert all(np.array_equal(whole.batch(k), begun.batch(k)) for k in range(10))
+
+
+@pytest.mark.parametrize("name", ["one_window", "windows", "mixture"])
+def test_1024_ranks_over_a_billion_rows(name: str) -> None:
+    order = build(ROWS, WINDOW, BATCH)[name]
+    assert check(order, RANKS, None if name == "one_window" else WINDOW) >= 10
+    measured = measure(order, RANKS, 20)
+    assert measured["rank_us_per_batch"] < 20_000 and measured["call_peak_kib"] < 4096

@@ -1,0 +1,110 @@
+"""What the data order costs at scale: 1,024 ranks over 10^9 rows, simulated in one process.
+
+    python -m benchmarks.order --json
+
+Every rank computes its own rows of every global batch. Times are CPU time of one rank; the order is checked where
+it is most likely to be wrong: at the first batch, around ends of windows and of the epoch, and at random batches.
+"""
+
+import argparse
+import json
+import time
+import tracemalloc
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from ftray.data.mixture import Mixture, Part
+from ftray.data.order import Order
+
+ROWS, RANKS = 10**9, 1024
+BATCH = 4 * RANKS
+WINDOW = 1 << 16
+"""Rows of a window: 256 shards of 256 rows."""
+
+
+def build(rows: int, window: int, batch: int) -> dict[str, Order]:
+    """The orders that are measured: one window, many windows, a mixture of eight sources."""
+    cuts = np.append(np.arange(0, rows, window), rows)
+    edges = np.linspace(0, rows, 9).astype(int)
+    parts = [
+        Part(str(i), float(i + 1), tuple((a, min(a + window, stop)) for a in range(start, stop, window)))
+        for i, (start, stop) in enumerate(pairwise(edges))
+    ]
+    return {
+        "one_window": Order(rows, batch, seed=1),
+        "windows": Order(rows, batch, seed=1, windows=tuple(np.diff(cuts).tolist())),
+        "mixture": Mixture(rows, batch, seed=1, parts=tuple(parts)),
+    }
+
+
+def check(order: Order, ranks: int, window: int | None) -> int:
+    """Compare all ranks' parts with the global batch where it matters; returns how many batches were checked."""
+    steps = order.num_rows // order.global_batch_size
+    edges = [0, 1, steps - 1, steps, steps + 1]
+    if window:
+        edges += [
+            window // order.global_batch_size * i for i in (1, 2, steps * order.global_batch_size // window)
+        ]
+    drawn = np.random.default_rng(0).integers(0, 3 * steps, 5).tolist()
+    for step in [*edges, *drawn]:
+        whole = order.batch(step)
+        joined = np.concatenate([order.part(step, rank, ranks) for rank in range(ranks)])
+        assert np.array_equal(joined[joined >= 0], whole), f"step {step}"
+        assert whole.min() >= 0 and whole.max() < order.num_rows
+        crosses = step * order.global_batch_size % order.num_rows + order.global_batch_size > order.num_rows
+        if not crosses and not isinstance(order, Mixture):
+            assert len(np.unique(whole)) == len(whole), f"step {step}: a row twice"
+    if window and not isinstance(order, Mixture):
+        first = np.concatenate([order.batch(step) for step in range(window // order.global_batch_size)])
+        assert np.array_equal(np.sort(first), np.arange(len(first))), "the first window is not a permutation"
+    return len(edges) + len(drawn)
+
+
+def cpu_us(work: Callable[[int], Any], repeats: int) -> float:
+    """Median CPU microseconds of a call."""
+    times = []
+    for step in range(repeats):
+        start = time.process_time_ns()
+        work(step * 1009)
+        times.append(time.process_time_ns() - start)
+    return float(np.median(times)) / 1000
+
+
+def measure(order: Order, ranks: int, repeats: int) -> dict[str, float]:
+    """CPU time of a rank's part and of the whole batch, and memory of the order and of a call."""
+    tracemalloc.start()
+    order.part(7, ranks - 1, ranks)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return {
+        "rank_us_per_batch": round(cpu_us(lambda step: order.part(step, step % ranks, ranks), repeats), 1),
+        "global_us_per_batch": round(cpu_us(order.batch, repeats), 1),
+        "call_peak_kib": round(peak_bytes / 1024, 1),
+    }
+
+
+def main() -> None:
+    """Print a line for each order and a summary last."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the summary only")
+    parser.add_argument("--repeats", type=int, default=200)
+    arguments = parser.parse_args()
+    summary: dict[str, Any] = {"benchmark": "order", "rows": ROWS, "ranks": RANKS, "global_batch_size": BATCH}
+    tracemalloc.start()
+    orders = build(ROWS, WINDOW, BATCH)
+    summary["orders_kib"] = round(tracemalloc.get_traced_memory()[0] / 1024)
+    tracemalloc.stop()
+    for name, order in orders.items():
+        result: dict[str, Any] = measure(order, RANKS, arguments.repeats)
+        result["batches_checked"] = check(order, RANKS, None if name == "one_window" else WINDOW)
+        summary[name] = result
+        if not arguments.json:
+            print(name, json.dumps(result), flush=True)
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
