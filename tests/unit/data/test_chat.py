@@ -11,6 +11,7 @@ from ftray.core.errors import DataError
 from ftray.data.read import IGNORE_INDEX
 from ftray.data.rows import parse_row, to_table
 from ftray.data.tokenise import Tokenised, Tokeniser, tokenise
+from ftray.model.tokenizer import chat_template_hash
 from ftray.serve.prompts import Prompts
 from ftray.serve.schema import ChatBody
 from ftray.testing.tiny import byte_tokenizer
@@ -194,6 +195,7 @@ def test_the_context_of_every_answer_is_what_the_server_encodes(tmp_path: Path, 
         assert trained[: len(served)] == served
         targets = found.labels[-found.lens[-1] :] != IGNORE_INDEX
         assert targets[len(served) :].all()  # whatever comes after the prompt is the answer
+    assert tok.template_digest == chat_template_hash(tok.hf)  # what a delta carries
 
 
 def test_special_tokens_in_a_message_are_text(tmp_path: Path) -> None:
