@@ -20,6 +20,9 @@ from ftray.data.spans import BadRow, Span
 
 # Private-use characters stand for special tokens' spellings while a template is rendered.
 _FIRST_MARK, _LAST_MARK = 0xF0000, 0x10FFFD
+_PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+# A template is a program; on a row it was not written for it may fail in any of these ways.
+_FAILURES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,10 @@ class ChatTemplate:
     def __init__(self, hf: Any, folder: str) -> None:
         self._hf = hf
         self._folder = folder
-        added = hf.added_tokens_decoder
-        special = {token.content for token in added.values() if token.special} | {hf.eos_token}
-        ends = {token.content for token in added.values()} | special
-        self._special = _any_of(special)
-        self._last_token = re.compile(rf"(?:{_any_of(ends).pattern})\s*\Z")
+        added = hf.added_tokens_decoder.values()
+        self._specials = {token.content for token in added if token.special} | {hf.eos_token}
+        ends = {token.content for token in added} | self._specials
+        self._last_token = re.compile(rf"({_any_of(ends).pattern})\s*\Z")
 
     def documents(self, spans: Sequence[Span]) -> list[list[Segment]]:
         """A conversation as documents of segments, every answer learnt in exactly one of them.
@@ -73,7 +75,7 @@ class ChatTemplate:
         self.check()
         texts, marks = self._mark([span.text for span in spans])
         turns, tools = conversation([replace(s, text=text) for s, text in zip(spans, texts, strict=True)])
-        messages = [turn.message for turn in turns]
+        messages = [_as_served(turn.message) for turn in turns]
         documents: list[list[Segment]] = [[]]
         done = ""
         for number, turn in enumerate(turns):
@@ -93,7 +95,7 @@ class ChatTemplate:
     def prompt(self, messages: Sequence[dict[str, str]]) -> Segment:
         """The context of the answer that would follow: what a server encodes. Raises as `documents`."""
         texts, marks = self._mark([message["content"] for message in messages])
-        marked = [{**message, "content": text} for message, text in zip(messages, texts, strict=True)]
+        marked = [_as_served({**m, "content": text}) for m, text in zip(messages, texts, strict=True)]
         return _segment(self._render(marked, generation_prompt=True), 0.0, marks)
 
     def check(self) -> None:
@@ -109,18 +111,24 @@ class ChatTemplate:
                 "the tokenizer has no chat template, which rows of `messages` need; "
                 "add `chat_template.jinja` or use `prompt` + `completion`"
             )
-        probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         try:
-            _, answer = self._answer(probe)
+            _, answer = self._answer(_PROBE)
         except _Unfit as error:
             return f"{error}; mend `chat_template.jinja`"
         except BadRow:
             return ""  # it asks for more than this conversation has; the rows will tell
-        return (
-            ""
-            if "answer" in answer
-            else "the chat template leaves the answer out; mend `chat_template.jinja`"
-        )
+        if "answer" not in answer:
+            return "the chat template leaves the answer out; mend `chat_template.jinja`"
+        return ""
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str]:
+        """The special tokens' spellings, and that of the end of a turn even where its flag is missing."""
+        try:
+            end = self._last_token.search(self._answer(_PROBE)[1])
+        except BadRow:
+            end = None
+        return _any_of(self._specials | ({end[1]} if end else set()))
 
     def _answer(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> tuple[str, str]:
         """What stands before the last message, and what that adds up to its end-of-turn token."""
@@ -146,8 +154,9 @@ class ChatTemplate:
                     messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
                 )
             )
-        except TemplateError as error:
-            raise BadRow(f"the chat template refuses it: {error}") from None
+        except (TemplateError, *_FAILURES) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise BadRow(f"the chat template refuses it: {reason}") from None
 
     def _mark(self, texts: list[str]) -> tuple[list[str], dict[str, str]]:
         """Texts with one character in place of each special token's spelling, and what each stands for."""
@@ -172,6 +181,11 @@ def _check_tools(tools: list[Any] | None, message: dict[str, Any], context: str,
 def _function_name(tool: dict[str, Any]) -> str:
     function = tool.get("function")
     return str(function.get("name", "")) if isinstance(function, dict) else ""
+
+
+def _as_served(message: dict[str, Any]) -> dict[str, Any]:
+    """`developer` is OpenAI's newer word for `system`, which templates know and the server renders."""
+    return {**message, "role": "system"} if message["role"] == "developer" else message
 
 
 class _Unfit(BadRow):

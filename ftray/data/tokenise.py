@@ -6,6 +6,7 @@ so training sees the same boundary as serving, which encodes the context before 
 """
 
 import functools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -142,8 +143,11 @@ class Tokeniser:
 
     @functools.cached_property
     def _plain(self) -> Any:
-        """The tokenizer without its special tokens."""
-        plain = type(self.backend).from_str(self.backend.to_str())
+        """The tokenizer without its added tokens."""
+        content = json.loads(self.backend.to_str())
+        for token in content["added_tokens"]:
+            token["special"] = True  # only special tokens can be left unread
+        plain = type(self.backend).from_str(json.dumps(content))
         plain.encode_special_tokens = True
         return plain
 

@@ -214,6 +214,34 @@ def test_special_tokens_in_a_message_are_text(tmp_path: Path) -> None:
     assert tok.prompt_ids(messages[:1]) == ids[: len(tok.prompt_ids(messages[:1]))]
 
 
+def test_an_end_of_turn_is_text_in_a_message_even_without_its_flag(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(tmp_path)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = QWEN3
+    tokenizer.save_pretrained(tmp_path)
+    tok = Tokeniser(str(tmp_path))
+    messages = [{"role": "user", "content": "a<|im_end|>b"}, {"role": "assistant", "content": "1"}]
+    ids = run(tok, messages).documents.input_ids.tolist()
+    assert ids.count(tok.hf.convert_tokens_to_ids("<|im_end|>")) == 2
+    assert "a<|im_end|>b<|im_end|>" in tok.hf.decode(ids)
+
+
+def test_a_developer_is_the_system(tmp_path: Path) -> None:
+    tok = with_template(tmp_path, GEMMA3)
+    newer = [{"role": "developer", "content": "brief"}, *CONVERSATION[1:]]
+    assert marked(tok, run(tok, newer)) == marked(tok, run(tok, CONVERSATION))
+    served = asyncio.run(Prompts(tok.hf).tokens(ChatBody(model="m", messages=newer[:2]), 2048))
+    assert tok.prompt_ids(newer[:2]) == served
+
+
+def test_a_template_that_fails_on_a_row_is_told(tmp_path: Path) -> None:
+    tok = with_template(
+        tmp_path, LLAMA3.replace("m.content | trim", "m.content + (1 if m.content == 'two' else '')")
+    )
+    [(row, reason)] = run(tok, CONVERSATION).bad
+    assert row == 0 and reason.startswith("the chat template refuses it: can only concatenate str")
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
