@@ -43,7 +43,7 @@ ROW_SCHEMA = pa.schema(
 def parse_line(line: bytes, columns: Mapping[str, str] | None = None) -> Row:
     """Parse one line of JSON; `columns` as `parse_row`. Raises `BadRow` with the reason it cannot be used."""
     try:
-        value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_object)
+        value = _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError:
         raise BadRow("not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -64,6 +64,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         raise BadRow("a key stands twice in an object")
     return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
 
 
 def to_table(rows: Iterable[tuple[int, int, Row]]) -> pa.Table:

@@ -162,10 +162,12 @@ def parse_row(value: Value, columns: Mapping[str, str] | None = None) -> Row:
 
 def shape_of(value: Value) -> str | None:
     """The name of the first shape whose fields a row has."""
-    for name, shape in SHAPES.items():
+    has = value.keys()
+    for fields, name in _BY_FIELDS:
         # A class number beside a completion is no judgement of it.
-        if all(field in value for field in shape.fields) and (
-            name != LABELLED or _as_bool(value["label"]) is not None
-        ):
+        if fields <= has and (name != LABELLED or _as_bool(value["label"]) is not None):
             return name
     return None
+
+
+_BY_FIELDS = [(frozenset(shape.fields), name) for name, shape in SHAPES.items()]

@@ -16,7 +16,7 @@ from ftray.core.errors import DataError
 from ftray.data.spans import BadRow
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
-_READ_BYTES = 8 << 10
+_READ_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -89,22 +89,40 @@ def is_damage(error: Exception) -> bool:
     return isinstance(error, pa.ArrowInvalid) or (isinstance(error, OSError) and error.errno is None)
 
 
-def blocks(unit: Unit, stream: Any) -> Iterator[bytes]:
+def blocks(unit: Unit) -> Iterator[bytes]:
     """The bytes of a whole file, uncompressed. Raises `Damaged` after the last that can be had."""
-    if unit.compression:
-        stream = pa.CompressedInputStream(pa.PythonFile(stream, "r"), unit.compression)
-    while True:
+    if not unit.compression:
+        with opened(unit.file) as stream:
+            while block := stream.read(_READ_BYTES):
+                yield block
+        return
+    total, how = 0, ""
+    try:
+        for block in _uncompressed(unit, 0, _READ_BYTES):
+            total += len(block)
+            yield block
+    except OSError as error:
+        if not is_damage(error):
+            raise
+        how = "truncated" if "truncated" in str(error).lower() else "damaged"
+    if how:
+        # Of the block that does not end well nothing was given; byte by byte its beginning can be had.
         try:
-            # Small, since of a block that does not end well nothing is given back.
-            block = stream.read(_READ_BYTES if unit.compression else _READ_BYTES << 7)
+            yield from _uncompressed(unit, total, 1)
         except OSError as error:
-            if not unit.compression or not is_damage(error):
+            if not is_damage(error):
                 raise
-            cut = "truncated" in str(error).lower()
-            raise Damaged(f"the {unit.compression} file is " + ("truncated" if cut else "damaged")) from None
-        if not block:
-            return
-        yield block
+        raise Damaged(f"the {unit.compression} file is {how}")
+
+
+def _uncompressed(unit: Unit, skipped: int, block_bytes: int) -> Iterator[bytes]:
+    """Blocks of a compressed file after its first `skipped` bytes."""
+    with opened(unit.file) as stream:
+        source = pa.CompressedInputStream(pa.PythonFile(stream, "r"), unit.compression)
+        while skipped:
+            skipped -= len(source.read(min(_READ_BYTES, skipped)))
+        while block := source.read(block_bytes):
+            yield block
 
 
 def lines(pieces: Iterator[bytes]) -> Iterator[bytes]:

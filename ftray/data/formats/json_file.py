@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from ftray.data.formats.base import Damaged, Record, Unit, blocks, opened
+from ftray.data.formats.base import Damaged, Record, Unit, blocks
 from ftray.data.formats.text import BOM, read_jsonl
 from ftray.data.spans import BadRow
 
@@ -51,11 +51,10 @@ def _lost(offset: int, number: int, why: str) -> Record:
 def _read(unit: Unit) -> tuple[bytes, str]:
     """The file's bytes, and what is wrong with it."""
     pieces: list[bytes] = []
-    with opened(unit.file) as stream:
-        try:
-            pieces.extend(blocks(unit, stream))
-        except Damaged as error:
-            return b"".join(pieces), str(error)
+    try:
+        pieces.extend(blocks(unit))
+    except Damaged as error:
+        return b"".join(pieces), str(error)
     return b"".join(pieces), ""
 
 

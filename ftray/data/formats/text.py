@@ -47,19 +47,18 @@ def read_document(unit: Unit) -> Iterator[Record]:
     """One row for the whole file."""
     pieces: list[bytes] = []
     total = 0
-    with opened(unit.file) as stream:
-        try:
-            for block in blocks(unit, stream):
-                pieces.append(block)
-                total += len(block)
-                if total > MAX_DOCUMENT_BYTES:
-                    raise DataError(
-                        f"{unit.file}: more than {MAX_DOCUMENT_BYTES >> 20} MiB are too much for one row; "
-                        "set `data.sample_by` to `paragraph` or `line`"
-                    )
-        except Damaged as error:
-            yield Record(0, 0, BadRow(f"{error}: {total:,} bytes could be read"))
-            return
+    try:
+        for block in blocks(unit):
+            pieces.append(block)
+            total += len(block)
+            if total > MAX_DOCUMENT_BYTES:
+                raise DataError(
+                    f"{unit.file}: more than {MAX_DOCUMENT_BYTES >> 20} MiB are too much for one row; "
+                    "set `data.sample_by` to `paragraph` or `line`"
+                )
+    except Damaged as error:
+        yield Record(0, 0, BadRow(f"{error}: {total:,} bytes could be read"))
+        return
     content = b"".join(pieces).removeprefix(BOM)
     yield Record(0, 0, as_text(content) if content.strip() else None)
 
@@ -75,13 +74,12 @@ def as_text(content: bytes) -> dict[str, Any] | BadRow:
 def whole_lines(unit: Unit) -> Iterator[tuple[int, int, bytes | Damaged]]:
     """(offset, number, line) of every line of a whole file; damage comes last, as a value."""
     offset = number = 0
-    with opened(unit.file) as stream:
-        try:
-            for line in lines(blocks(unit, stream)):
-                yield offset, number, line
-                offset, number = offset + len(line), number + 1
-        except Damaged as error:
-            yield offset, number, error
+    try:
+        for line in lines(blocks(unit)):
+            yield offset, number, line
+            offset, number = offset + len(line), number + 1
+    except Damaged as error:
+        yield offset, number, error
 
 
 def _lines(unit: Unit) -> Iterator[Record]:
