@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ftray.core.errors import DataError
 from ftray.data.read import IGNORE_INDEX
@@ -212,6 +214,53 @@ def test_special_tokens_in_a_message_are_text(tmp_path: Path) -> None:
     assert [ids.count(token(name)) for name in ("<|im_start|>", "<|im_end|>", "<|end|>")] == [2, 2, 0]
     assert ids.count(token("<think>")) == 1  # no special token: part of what a model writes
     assert tok.prompt_ids(messages[:1]) == ids[: len(tok.prompt_ids(messages[:1]))]
+
+
+PIECES = [
+    "a",
+    " ",
+    "\n",
+    "é",
+    "日",
+    "<",
+    "|",
+    "|>",
+    "\U000f0000",
+    "<|end|>",
+    "<|im_end|>",
+    "<|start|>",
+    "<|eot_id|>",
+]
+CONTENT = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map(
+    lambda parts: "x" + "".join(parts) + "x"
+)
+
+
+@pytest.fixture(scope="module")
+def templated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokeniser]:
+    templates = {"llama3": LLAMA3, "gemma3": GEMMA3, "qwen3": QWEN3, "gpt-oss": GPT_OSS}
+    return {name: with_template(tmp_path_factory.mktemp(name), text) for name, text in templates.items()}
+
+
+@given(
+    name=st.sampled_from(["llama3", "gemma3", "qwen3", "gpt-oss"]),
+    contents=st.lists(CONTENT, min_size=5, max_size=5),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_text_of_a_message_makes_or_takes_a_special_token(
+    templated: dict[str, Tokeniser], name: str, contents: list[str]
+) -> None:
+    tok = templated[name]
+    plain = run(tok, CONVERSATION).documents
+    found = run(tok, [{**m, "content": c} for m, c in zip(CONVERSATION, contents, strict=True)]).documents
+    special = sorted(tok.hf.convert_tokens_to_ids(SPECIAL))
+    assert [i for i in found.input_ids if i in special] == [i for i in plain.input_ids if i in special]
+    assert [i for i in found.labels if i in special] == [i for i in plain.labels if i in special]
+    last = tok.hf.decode(found.input_ids[-found.lens[-1] :])
+    assert all(text in last for text in contents)
+    ids = found.input_ids[-found.lens[-1] :].tolist()
+    prompt = tok.prompt_ids([{**m, "content": c} for m, c in zip(CONVERSATION[:4], contents, strict=False)])
+    assert ids[: len(prompt)] == prompt
 
 
 def test_an_end_of_turn_is_text_in_a_message_even_without_its_flag(tmp_path: Path) -> None:
