@@ -150,7 +150,7 @@ def _load(recipe: str, overrides: list[str] | None) -> "Recipe":
     return load(Recipe, recipe, overrides or [])
 
 
-def _print_counts(folder: Path) -> None:
+def _print_counts(folder: Path | str) -> None:
     from rich.table import Table
 
     from ftray.cli.screen import out
@@ -172,4 +172,4 @@ def _print_counts(folder: Path) -> None:
         table.add_row(f"quarantined: {reason}", f"{count:,}")
     out.print(table, highlight=False)
     if counts["quarantined"]:
-        out.print(f"quarantined rows: {folder / QUARANTINE}", highlight=False, soft_wrap=True)
+        out.print(f"quarantined rows: {folder}/{QUARANTINE}", highlight=False, soft_wrap=True)

@@ -126,6 +126,8 @@ class DataConfig:
     """Shards (of 4 MiB of source each) in a window; rows are shuffled inside windows, windows come in order."""
     mixture: Annotated[list[MixtureEntry], BeforeValidator(_as_mixture)] = Field(default_factory=list)
     """Shares of the entries of `train` in training; empty: every row once an epoch."""
+    drop_consumed: bool = False
+    """Remove a window's shards once a checkpoint lies behind it; for a single pass over a large corpus."""
 
     def __post_init__(self) -> None:
         # Field default factories are not validated, so names given above become objects here.
@@ -134,6 +136,8 @@ class DataConfig:
         barriers = [catalog.name_of(type(item)) or type(item).__name__ for item in built if _is_barrier(item)]
         if not self.validation and any(_draws_validation(item) for item in built):
             object.__setattr__(self, "validation", list(self.train))
+        if self.stream and self.mixture:
+            raise ConfigError("stream: a mixture draws from every source at once; prepare all rows first")
         if self.stream and barriers:
             raise ConfigError(
                 f"stream: `{'`, `'.join(barriers)}` must see all rows before the first is trained on; "
@@ -206,6 +210,10 @@ class Recipe:
     """Where metrics go besides the JSON lines and TensorBoard files that are always written."""
 
     def __post_init__(self) -> None:
+        if self.data.stream and self.train.num_train_epochs is not None:
+            raise ConfigError(
+                "train.num_train_epochs: with `data.stream` the number of rows is not known; set `max_steps`"
+            )
         if not is_name(self.name):
             raise ConfigError(
                 f"name: {self.name!r} is refused; use lower-case letters, digits, `.`, `_`, `-`"

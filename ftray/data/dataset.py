@@ -45,7 +45,16 @@ class Dataset:
         manifest = self.store.read_json(f"{self.name}/{MANIFEST}")
         if not isinstance(manifest, dict):
             return False
-        return bool(self.store.read_json(f"{self.name}/{_STAMPS}") == self._stamps(manifest["shards"]))
+        stamps = self._stamps(manifest["shards"])
+        return None not in stamps.values() and bool(self.store.read_json(f"{self.name}/{_STAMPS}") == stamps)
+
+    def forget(self) -> None:
+        """Remove the manifest and the windows of an earlier preparation, whose shards may be gone."""
+        self.store.remove(f"{self.name}/{MANIFEST}")
+        number = 0
+        while self.store.stamp(name := f"{self.name}/{window_name(self.window_shards, number)}") is not None:
+            self.store.remove(name)
+            number += 1
 
     def write_window(self, number: int, shards: Sequence[dict[str, Any]], counts: dict[str, Any]) -> None:
         """Let readers have a window before the rest is made."""
@@ -74,11 +83,6 @@ class Dataset:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         shards = [entry for outcome in outcomes for entry in self.entries(outcome)]
         stamps = self._stamps(shards)
-        if None in stamps.values():
-            raise DataError(
-                f"{self.folder}: a shard written by another node is not here; "
-                "set data.cache_dir to storage that all nodes share"
-            )
         content = {
             **self.identity,
             "counts": counts_of(outcomes, self.identity["max_length"]),

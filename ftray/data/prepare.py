@@ -36,7 +36,7 @@ class Stopped(Exception):
 
 def prepare_local(
     data: DataConfig, tokenizer_folder: str, split: Split = "train", progress: Progress = no_progress
-) -> Any:
+) -> Folder:
     """Prepare one split in this process; returns the folder (or URL), which `Shards` reads.
 
     Args:
@@ -53,7 +53,7 @@ def prepare_local(
 
 def prepare_with(
     run: Runner, data: DataConfig, tokenizer_folder: str, split: Split, progress: Progress
-) -> Any:
+) -> Folder:
     """Prepare one split, the work on units done by `run`; the result does not depend on it."""
     return Preparation(data, tokenizer_folder, split).run(run, progress)
 
@@ -161,7 +161,14 @@ class Preparation:
                 tasks.append(task)
             else:
                 yield found
-        yield from run(functools.partial(prepare_unit, self.plan), tasks)
+        keys = {task.unit.index: task.key for task in tasks}
+        for outcome in run(functools.partial(prepare_unit, self.plan), tasks):
+            if outcome.shard and self.store.stamp(f"{keys[outcome.unit.index]}.arrow") is None:
+                raise DataError(
+                    f"{self.folder}: a shard written by another node is not here; "
+                    "set data.cache_dir to storage that all nodes share"
+                )
+            yield outcome
 
     def _key(self, unit: Unit, masks: Sequence[Mask], place: int | None) -> str:
         return unit_key(self.how, self.sources[unit.file]["digest"], unit, masks, place)

@@ -8,7 +8,6 @@ import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import pyarrow as pa
 import ray
@@ -18,6 +17,7 @@ from ftray.config.recipe import DataConfig
 from ftray.core.errors import ClusterError, FtrayError
 from ftray.core.types import Progress, no_progress
 from ftray.data.prepare import Split, prepare_with
+from ftray.data.store import Folder
 from ftray.data.work import Outcome, Task
 
 # Ray Data's plan holds one entry per block; a corpus of more units puts several in a block.
@@ -28,7 +28,7 @@ _LOG_LEVELS = {"ray.data": logging.WARNING, "ray.data._internal.progress": loggi
 
 def prepare(
     data: DataConfig, tokenizer_folder: str, split: Split = "train", progress: Progress = no_progress
-) -> Path:
+) -> Folder:
     """Prepare one split on the Ray cluster this process is connected to; see `prepare_local`.
 
     Raises:
@@ -37,10 +37,13 @@ def prepare(
     """
     if not ray.is_initialized():
         raise ClusterError("not connected to Ray; open a session first, or prepare in this process")
-    return prepare_with(_run_on_ray, data, tokenizer_folder, split, progress)
+    return prepare_with(run_on_ray, data, tokenizer_folder, split, progress)
 
 
-def _run_on_ray(work: Callable[[Task], Outcome], tasks: Sequence[Task]) -> Iterator[Outcome]:
+def run_on_ray(
+    work: Callable[[Task], Outcome], tasks: Sequence[Task], *, cpus_per_task: float = 1.0
+) -> Iterator[Outcome]:
+    """The `Runner` of a cluster; a task that shares its CPU with training workers claims a part of it."""
     if not tasks:
         return
 
@@ -56,7 +59,9 @@ def _run_on_ray(work: Callable[[Task], Outcome], tasks: Sequence[Task]) -> Itera
         logging.getLogger(name).setLevel(level)
     items = [{"task": pickle.dumps(task)} for task in tasks]
     source = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS))
-    mapped = source.map_batches(map_tasks, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
+    mapped = source.map_batches(
+        map_tasks, batch_size=1, batch_format="pyarrow", zero_copy_batch=True, num_cpus=cpus_per_task
+    )
     for row in mapped.iter_rows():
         result: Outcome | FtrayError = pickle.loads(row["result"])
         if isinstance(result, FtrayError):

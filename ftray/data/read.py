@@ -143,7 +143,10 @@ class Shards:
         numbers = list(numbers)
         self.release(numbers)
         for number in numbers:
-            self._store.remove(self._shard_name(number))
+            name = self._shard_name(number)
+            # Without the record of its unit a shard is not missed but made anew.
+            self._store.remove(name.removesuffix(".arrow") + ".json")
+            self._store.remove(name)
 
     def _shard_name(self, number: int) -> str:
         return posixpath.normpath(f"{self._name}/{self.shards[number]['file']}")

@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ftray.config.recipe import DataConfig
+from ftray.core.errors import DataError
 from ftray.data.arrange import arrange
 from ftray.data.batch import Batch, collate
-from ftray.data.order import dp_slice
+from ftray.data.grow import GrowingShards
+from ftray.data.order import Order, dp_slice
 from ftray.data.read import Shards
 from ftray.data.store import Folder
 from ftray.strategy.base import Strategy
@@ -40,9 +42,10 @@ class Feed:
         micro_batch_size: int,
         seed: int,
     ) -> None:
-        self.shards = Shards(train)
+        self.shards: Shards = GrowingShards(train, data.window_shards) if data.stream else Shards(train)
         self.validation = Shards(validation) if validation else None
-        self.order = arrange(self.shards.manifest, data, global_batch_size, seed)
+        self._data, self._dropped = data, 0
+        self.order = self._arrange(global_batch_size, seed)
         self.strategy, self.micro_batch_size = strategy, micro_batch_size
 
     @property
@@ -61,8 +64,40 @@ class Feed:
         self.order = dataclasses.replace(self.order, offset=offset)
 
     def rows(self, step: int) -> npt.NDArray[np.int64]:
-        """This rank's row indices of a step; -1 fills up a batch that does not divide."""
+        """This rank's row indices of a step; -1 fills up a batch that does not divide.
+
+        Raises:
+            DataError: if they were dropped, or what stopped the preparation they are waited for from.
+        """
+        end = self.order.position(step + 1)
+        if isinstance(self.shards, GrowingShards) and self.shards.ensure(end):
+            grown = self._arrange(self.order.global_batch_size, self.order.seed)
+            self.order = dataclasses.replace(grown, offset=self.order.offset)
+        if self._data.drop_consumed and end > len(self.shards):
+            raise DataError(
+                f"data.drop_consumed: step {step + 1} needs rows a second time that are dropped after the first; "
+                "set it to false, or train fewer steps"
+            )
         return self.order.part(step, self.strategy.dp_rank, self.strategy.dp_size)
+
+    def drop_before(self, position: int) -> None:
+        """Remove the shards of windows that end at a position or before, if the recipe says so (on rank 0)."""
+        if not self._data.drop_consumed:
+            return
+        numbers, rows = range(self._dropped, len(self.shards.shards)), 0
+        size = self._data.window_shards
+        for start in range(0, len(self.shards.shards) - size + 1, size):
+            rows += sum(shard["rows"] for shard in self.shards.shards[start : start + size])
+            if rows > position:
+                break
+            numbers = range(self._dropped, start + size)
+            later = {shard["file"] for shard in self.shards.shards[start + size :]}
+            self.shards.drop([n for n in numbers if self.shards.shards[n]["file"] not in later])
+            self._dropped = start + size
+
+    def _arrange(self, global_batch_size: int, seed: int) -> Order:
+        manifest = {**self.shards.manifest, "shards": self.shards.shards}
+        return arrange(manifest, self._data, global_batch_size, seed)
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro batches of a step."""

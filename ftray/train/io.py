@@ -6,14 +6,18 @@ The loop is the same in a notebook, a test and a Ray Train worker; only its `IO`
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO as File
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ftray.config.load import write_resolved
 from ftray.config.recipe import Recipe
 from ftray.core.errors import TrainError
 from ftray.core.fs import lock_file
 from ftray.core.types import Progress, no_progress
+from ftray.data.store import Folder
 from ftray.train.track import Sinks
+
+if TYPE_CHECKING:
+    from ftray.data.grow import Background
 
 Record = dict[str, Any]
 
@@ -25,7 +29,7 @@ class IO(Protocol):
 
     run_dir: Path
 
-    def prepare(self, recipe: Recipe) -> tuple[Path, Path | None]:
+    def prepare(self, recipe: Recipe) -> tuple[Folder, Folder | None]:
         """Folders of the prepared training and validation shards."""
         ...
 
@@ -69,16 +73,21 @@ class LocalIO:
         self._on_record, self._on_prepare = on_record, on_prepare
         self._sinks: Sinks | None = None
         self._lock: File[bytes] | None = None
+        self._background: Background | None = None
 
-    def prepare(self, recipe: Recipe) -> tuple[Path, Path | None]:
+    def prepare(self, recipe: Recipe) -> tuple[Folder, Folder | None]:
         """Prepare in this process, or find what is prepared."""
-        from ftray.data.prepare import prepare_local
+        from ftray.data.grow import Background
+        from ftray.data.prepare import Preparation, prepare_local
 
-        train = prepare_local(recipe.data, recipe.model.tokenizer, "train", self._on_prepare)
-        validation = None
+        validation: Folder | None = None
         if recipe.data.validation:
             validation = prepare_local(recipe.data, recipe.model.tokenizer, "validation", self._on_prepare)
-        return train, validation
+        if recipe.data.stream:
+            preparation = Preparation(recipe.data, recipe.model.tokenizer, "train")
+            self._background = Background(preparation, progress=self._on_prepare)
+            return preparation.folder, validation
+        return prepare_local(recipe.data, recipe.model.tokenizer, "train", self._on_prepare), validation
 
     def claim(self) -> None:
         """Lock the folder; the workers of a killed driver may still hold it for a moment.
@@ -107,10 +116,13 @@ class LocalIO:
         """Nobody else to tell."""
 
     def close(self) -> None:
-        """Close the trackers and let the folder go."""
+        """Close the trackers, let the folder go and end a preparation under way."""
         if self._sinks is not None:
             self._sinks.close()
             self._sinks = None
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+        if self._background is not None:
+            background, self._background = self._background, None
+            background.close()

@@ -6,6 +6,7 @@ from typing import Any
 import ray.train
 
 from ftray.config.recipe import Recipe
+from ftray.data.store import Folder
 from ftray.train.io import LocalIO, Record
 
 
@@ -20,11 +21,11 @@ class RayIO(LocalIO):
         shards: folders of the prepared training and validation shards.
     """
 
-    def __init__(self, run_dir: Path, shards: tuple[Path, Path | None]) -> None:
+    def __init__(self, run_dir: Path, shards: tuple[Folder, Folder | None]) -> None:
         super().__init__(run_dir)
         self._shards = shards
 
-    def prepare(self, recipe: Recipe) -> tuple[Path, Path | None]:
+    def prepare(self, recipe: Recipe) -> tuple[Folder, Folder | None]:
         """What the driver prepared with Ray Data."""
         return self._shards
 

@@ -1,5 +1,6 @@
 """From a recipe to a finished run: in this process, or as a Ray Train worker group."""
 
+import functools
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from ftray.core.errors import CheckpointError, FtrayError, TrainError
 from ftray.core.fs import read_json, write_json
 from ftray.core.spec import dump, parse
 from ftray.core.types import Progress, no_progress
+from ftray.data.store import Folder
 from ftray.train.check import check_model
 from ftray.train.io import LocalIO, Record
 from ftray.train.run import Result
@@ -25,6 +27,7 @@ MISTAKE = "mistake.json"
 """Written by a worker that meets a user's mistake, read and removed by the driver."""
 
 _POLL_S = 0.5
+_TASK_CPUS = 0.5
 _RAY_SETTINGS = {
     # A group that cannot start for lack of room should say so in minutes, not hang.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
@@ -79,14 +82,8 @@ def _launch_workers(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from ftray.data.ray_prepare import prepare
-
-    shards: tuple[Path, Path | None] = (
-        prepare(recipe.data, recipe.model.tokenizer, "train", on_prepare),
-        None,
-    )
-    if recipe.data.validation:
-        shards = (shards[0], prepare(recipe.data, recipe.model.tokenizer, "validation", on_prepare))
+    cpus_per_worker, cpus_per_task = _share_cpus(recipe)
+    train_shards, validation_shards, background = _prepare(recipe, on_prepare, cpus_per_task)
     for key, value in _RAY_SETTINGS.items():
         os.environ.setdefault(key, value)
     strategy = recipe.strategy
@@ -97,13 +94,13 @@ def _launch_workers(
         train_loop_config={
             "recipe": dump(recipe),
             "run_dir": str(run_dir),
-            "shards": shards,
+            "shards": (train_shards, validation_shards),
             "cwd": str(Path.cwd()),
             "accept_changed_data": accept_changed_data,
         },
         scaling_config=ScalingConfig(
             num_workers=strategy.num_workers,
-            resources_per_worker={"CPU": strategy.cpus_per_worker},
+            resources_per_worker={"CPU": cpus_per_worker},
         ),
         run_config=RunConfig(
             name="ray",
@@ -116,11 +113,47 @@ def _launch_workers(
             trainer.fit()
         except Exception as error:
             raise _mistake(run_dir) or _ours(error) from error
+        finally:
+            if background is not None:
+                background.close()
     if mistake := _mistake(run_dir):
         raise mistake
     saved = read_json(run_dir / "result.json")
     paths = {key: Path(saved[key]) for key in ("run_dir", "checkpoint", "delta")}
     return Result(**{**saved, **paths})
+
+
+def _share_cpus(recipe: Recipe) -> tuple[float, float]:
+    """CPUs that a training worker and a preparing task claim.
+
+    With `data.stream` both run at once: workers that would claim the whole cluster leave half a CPU to the tasks,
+    which otherwise would wait for them, as they wait for the tasks' rows.
+    """
+    import ray
+
+    strategy = recipe.strategy
+    if not recipe.data.stream:
+        return strategy.cpus_per_worker, 1.0
+    total = float(ray.cluster_resources().get("CPU", 1.0))
+    left = total - strategy.num_workers * strategy.cpus_per_worker
+    if left >= _TASK_CPUS:
+        return strategy.cpus_per_worker, min(1.0, left)
+    return round((total - _TASK_CPUS) / strategy.num_workers, 3), _TASK_CPUS
+
+
+def _prepare(recipe: Recipe, progress: Progress, cpus_per_task: float) -> tuple[Folder, Folder | None, Any]:
+    """Prepared training and validation shards; with `data.stream`, also what goes on preparing them."""
+    from ftray.data.grow import Background
+    from ftray.data.prepare import Preparation
+    from ftray.data.ray_prepare import prepare, run_on_ray
+
+    data, tokenizer = recipe.data, recipe.model.tokenizer
+    validation = prepare(data, tokenizer, "validation", progress) if data.validation else None
+    if not data.stream:
+        return prepare(data, tokenizer, "train", progress), validation, None
+    run = functools.partial(run_on_ray, cpus_per_task=cpus_per_task)
+    background = Background(Preparation(data, tokenizer, "train"), run, progress)
+    return background.folder, validation, background
 
 
 def _worker(config: dict[str, Any]) -> None:

@@ -107,6 +107,8 @@ class Run:
             engine = self.engine
             path = self.checkpoints.commit(self.state, engine.parameters, engine.optimizers, strategy.dp_size)
         strategy.barrier()
+        if strategy.dp_rank == 0:
+            self.feed.drop_before(self.state.position)
         self.io.committed(self.record)
         return path
 
