@@ -14,7 +14,7 @@ RecipeFile = Annotated[
     str, typer.Argument(help="Recipe file (YAML); its `data` and `model` sections are used.")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, as `section.field=value`.")]
-Files = Annotated[list[str], typer.Argument(help="JSON lines files, folders or globs.")]
+Files = Annotated[list[str], typer.Argument(help="Files, folders, globs, URLs or Hub ids.")]
 
 
 @app.command()
@@ -51,15 +51,29 @@ def prepare(
 
 
 @app.command()
-def inspect(files: Files) -> None:
+def inspect(
+    files: Files,
+    column: Annotated[
+        list[str] | None, typer.Option(help="Where rows hold what, as `prompt=question`; may be repeated.")
+    ] = None,
+    sample_by: Annotated[
+        str, typer.Option(help="A row of plain text: `document`, `paragraph` or `line`.")
+    ] = "document",
+) -> None:
     """Show what source files hold: rows by shape, and why rows cannot be used."""
     from rich.table import Table
 
     from ftray.cli.screen import bar, out
+    from ftray.config.recipe import DataConfig
+    from ftray.core.spec import parse
     from ftray.data.inspect import inspect_files
 
+    columns = dict(item.partition("=")[::2] for item in column or [])
+    data = parse(DataConfig, {"train": files, "columns": columns, "sample_by": sample_by}, "options")
     with bar("read") as progress:
-        reports = inspect_files(files, progress)
+        reports = inspect_files(
+            data.train, progress, columns=dict(data.columns.items()), sample_by=data.sample_by
+        )
     table = Table("file", "MB", "rows", "shapes", "characters per row", "cannot be used", box=None)
     for report in reports:
         usable = report.shapes.total()
@@ -74,7 +88,7 @@ def inspect(files: Files) -> None:
     out.print(table)
     for report in reports:
         for reason, count in report.bad.most_common(3):
-            where = f"{report.file} (first at line {report.first_bad_line})"
+            where = f"{report.file} (first at {report.place} {report.first_bad_line})"
             out.print(f"{where}: {count:,}x {reason}", highlight=False, markup=False, soft_wrap=True)
 
 

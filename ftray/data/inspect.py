@@ -29,6 +29,8 @@ class FileReport:
     """Rows that cannot be used, by reason."""
     first_bad_line: int | None = None
     """Number of the first of them, from 1: of its line, or its row where there are no lines."""
+    place: str = "line"
+    """What is counted in the file: lines or rows."""
     chars: int = 0
     """Characters of text in the usable rows."""
 
@@ -53,10 +55,12 @@ def inspect_files(
     """
     sources = find_sources(patterns, sample_by)
     reports = {source.file: FileReport(source.file, source.size_bytes) for source in sources}
+    for source in sources:
+        reports[source.file].place = "line" if source.format in ("jsonl", "line") else "row"
     lines_before: Counter[str] = Counter()
     done = 0
     for unit in split_units(sources):
-        report, records = reports[unit.file], Records(unit)
+        report, records = reports[unit.file], Records(unit, columns)
         for record in records:
             report.rows += 1
             try:

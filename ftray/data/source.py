@@ -22,7 +22,7 @@ from ftray.data.formats.text import read_document, read_jsonl, read_lines_of_tex
 from ftray.data.listing import Found, list_files
 from ftray.data.order import Permutation
 from ftray.data.rows import parse_line
-from ftray.data.shapes import parse_row
+from ftray.data.shapes import FIELDS, parse_row
 from ftray.data.spans import BadRow, Row
 
 __all__ = ["UNIT_BYTES", "Line", "Record", "Records", "Source", "Unit", "find_files", "find_sources"]
@@ -45,8 +45,6 @@ FORMATS = {
 READERS: dict[str, Callable[[Unit], Iterator[Record]]] = {
     "jsonl": read_jsonl,
     "json": read_json,
-    "parquet": read_parquet,
-    "arrow": read_arrow,
     "csv": read_csv,
     "tsv": read_tsv,
     "line": read_lines_of_text,
@@ -54,6 +52,7 @@ READERS: dict[str, Callable[[Unit], Iterator[Record]]] = {
     "document": read_document,
 }
 _SIZES = {"parquet": parquet_sizes, "arrow": arrow_sizes}
+_TEXTS = ("document", "paragraph", "line")
 _BY_BYTES = ("jsonl", "line")
 """Formats that can be cut anywhere, if not compressed."""
 _SAMPLED = re.compile(r"(.+)#([0-9]{1,12})")
@@ -76,6 +75,11 @@ class Source:
     sample: int | None = None
     """Rows to take of all files of its pattern; None: all."""
 
+    @property
+    def is_text(self) -> bool:
+        """True for plain text, whose rows have no columns."""
+        return self.format in _TEXTS
+
 
 @dataclass(frozen=True)
 class Line:
@@ -94,25 +98,34 @@ class Records:
 
     Args:
         unit: the part of a file.
+        columns: as `parse_row`; of a columnar file only what it names is read, or what a known shape has.
 
     Raises:
         DataError: while they are read, if the file cannot be.
     """
 
-    def __init__(self, unit: Unit) -> None:
+    def __init__(self, unit: Unit, columns: Mapping[str, str] | None = None) -> None:
         self.unit = unit
+        self._names = frozenset(columns.values() if columns else FIELDS)
         self.lines = 0
         """Lines (or records) passed so far, blank ones counted."""
 
     def __iter__(self) -> Iterator[Record]:
         row, taken = -1, None if self.unit.take is None else frozenset(self.unit.take)
-        for record in READERS[self.unit.format](self.unit):
+        for record in self._all():
             self.lines = record.number + 1
             if record.value is None:
                 continue
             row += 1
             if taken is None or row in taken:
                 yield record
+
+    def _all(self) -> Iterator[Record]:
+        if self.unit.format == "parquet":
+            return read_parquet(self.unit, self._names)
+        if self.unit.format == "arrow":
+            return read_arrow(self.unit, self._names)
+        return READERS[self.unit.format](self.unit)
 
 
 def parse_record(unit: Unit, record: Record, columns: Mapping[str, str] | None = None) -> Row:
@@ -122,7 +135,7 @@ def parse_record(unit: Unit, record: Record, columns: Mapping[str, str] | None =
     if isinstance(record.value, BadRow):
         raise record.value
     assert record.value is not None
-    return parse_row(record.value, None if unit.format in ("line", "paragraph", "document") else columns)
+    return parse_row(record.value, None if unit.format in _TEXTS else columns)
 
 
 def find_sources(patterns: Sequence[str], sample_by: SampleBy = "document") -> list[Source]:

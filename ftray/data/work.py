@@ -96,7 +96,7 @@ def run_here(work: Callable[[Task], Outcome], tasks: Sequence[Task]) -> Iterator
 def work_on(plan: Plan, task: Task) -> Outcome:
     """Prepare one unit. Raises `DataError` for what no row can be blamed for (a file, the tokenizer)."""
     unit = task.unit
-    records = Records(unit)
+    records = Records(unit, plan.columns)
     outcome = Outcome(unit, 0)
     parsed = []
     for record in records:

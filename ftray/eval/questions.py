@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftray.core.errors import DataError
-from ftray.data.rows import BadRow, Row, parse_line
-from ftray.data.source import Line, find_files, read_lines, split_units
+from ftray.data.rows import BadRow, Row
+from ftray.data.source import Record, Records, Unit, find_sources, parse_record, split_units
 from ftray.data.tokenise import Segment, Tokeniser
 
 
@@ -42,10 +42,10 @@ class Questions:
 
 
 def read_questions(patterns: Sequence[str], tokeniser: Tokeniser, max_rows: int | None = None) -> Questions:
-    """Read questions from JSON lines.
+    """Read questions from source files of any format.
 
     Args:
-        patterns: files, globs or folders.
+        patterns: files, globs, folders or URLs.
         tokeniser: the base's.
         max_rows: questions wanted; None: all.
 
@@ -55,15 +55,15 @@ def read_questions(patterns: Sequence[str], tokeniser: Tokeniser, max_rows: int 
     found = Questions()
     asked: list[Question] = []
     prompts: list[list[Segment]] = []
-    for file, line in _lines(patterns):
+    for unit, record in _records(patterns):
         if max_rows is not None and len(asked) >= max_rows:
             break
         try:
-            row = parse_line(line.content)
+            row = parse_record(unit, record)
             prompts.append(_segments(row, tokeniser)[:-1])
-            asked.append(Question([], answer_text(row), row, file, line.offset))
+            asked.append(Question([], answer_text(row), row, unit.file, record.offset))
         except BadRow as error:
-            found.quarantined.append({"file": file, "offset": line.offset, "reason": str(error)})
+            found.quarantined.append({"file": unit.file, "offset": record.offset, "reason": str(error)})
     for question, ids in zip(asked, tokeniser.encode(prompts), strict=True):
         found.items.append(replace(question, prompt_ids=[token for part in ids for token in part]))
     if not found.items:
@@ -75,16 +75,16 @@ def read_questions(patterns: Sequence[str], tokeniser: Tokeniser, max_rows: int 
 def read_answers(patterns: Sequence[str]) -> list[str]:
     """The answers of all readable rows; for what is learnt from training rows, whose bad ones were reported."""
     answers = []
-    for _, line in _lines(patterns):
+    for unit, record in _records(patterns):
         with contextlib.suppress(BadRow):
-            answers.append(answer_text(parse_line(line.content)))
+            answers.append(answer_text(parse_record(unit, record)))
     return answers
 
 
-def _lines(patterns: Sequence[str]) -> Iterator[tuple[str, Line]]:
-    for unit in split_units(find_files(patterns)):
-        for line in read_lines(unit)[0]:
-            yield unit.file, line
+def _records(patterns: Sequence[str]) -> Iterator[tuple[Unit, Record]]:
+    for unit in split_units(find_sources(patterns)):
+        for record in Records(unit):
+            yield unit, record
 
 
 def answer_text(row: Row) -> str:

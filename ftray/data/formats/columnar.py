@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ftray.data.formats.base import Record, Unit, is_damage, is_url, opened
-from ftray.data.shapes import FIELDS
 from ftray.data.spans import BadRow
 
 _BATCH_ROWS = 1024
@@ -47,8 +46,8 @@ def arrow_sizes(file: str) -> Sizes:
         return []
 
 
-def read_parquet(unit: Unit, columns: frozenset[str] = frozenset(FIELDS)) -> Iterator[Record]:
-    """A row for each row; only the columns that a shape reads are looked at."""
+def read_parquet(unit: Unit, columns: frozenset[str]) -> Iterator[Record]:
+    """A row for each row; of the columns only those asked for."""
     with opened(unit.file) as stream:
         first = number = 0
         try:
@@ -66,8 +65,8 @@ def read_parquet(unit: Unit, columns: frozenset[str] = frozenset(FIELDS)) -> Ite
             yield _lost(first, number, "the Parquet file is truncated or damaged")
 
 
-def read_arrow(unit: Unit, columns: frozenset[str] = frozenset(FIELDS)) -> Iterator[Record]:
-    """A row for each row; only the columns that a shape reads are looked at."""
+def read_arrow(unit: Unit, columns: frozenset[str]) -> Iterator[Record]:
+    """A row for each row; of the columns only those asked for."""
     first = number = 0
     start, stop = unit.parts or (0, None)
     try:

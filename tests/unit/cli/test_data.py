@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from ftray.cli.data import app
-from ftray.core.errors import DataError
+from ftray.core.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -57,6 +57,21 @@ def test_inspect(recipe: Path) -> None:
     shown = run("inspect", str(recipe.parent / "rows.jsonl"))
     assert "messages 30" in shown
     assert "(first at line 31): 1x not JSON" in shown
+
+
+def test_inspect_of_other_formats_and_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,answer\nq,a\nq,a,more\n")
+    (tmp_path / "b.json").write_text(json.dumps([{"instruction": "q", "output": "a"}, {"chosen": "a"}]))
+    (tmp_path / "prose.txt").write_text("One.\n\nTwo.\n")
+    shown = run(
+        "inspect", str(tmp_path / "a.csv"), "--column", "prompt=question", "--column", "completion=answer"
+    )
+    assert "prompt_completion 1" in shown
+    assert "(first at row 2): 1x more cells than the header has columns" in shown
+    assert "alpaca 1" in run("inspect", str(tmp_path / "b.json"))
+    assert "text 2" in run("inspect", str(tmp_path / "prose.txt"), "--sample-by", "paragraph")
+    with pytest.raises(ConfigError, match="sample_by"):
+        run("inspect", str(tmp_path / "prose.txt"), "--sample-by", "word")
 
 
 def test_show(recipe: Path) -> None:
