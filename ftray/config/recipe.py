@@ -122,6 +122,8 @@ class DataConfig:
     """Fraction of unreadable rows above which preparation stops."""
     cache_dir: str = Field(default_factory=lambda: str(Path("~/.cache/ftray/data").expanduser()))
     """Where prepared shards are kept: a folder all nodes share, or a URL (`s3://...`)."""
+    node_cache_gb: float = Field(default=20.0, gt=0)
+    """Disk of a node for copies of remote shards, in `TMPDIR`; a window or two should fit."""
     window_shards: int = Field(default=256, ge=1)
     """Shards (of 4 MiB of source each) in a window; rows are shuffled inside windows, windows come in order."""
     mixture: Annotated[list[MixtureEntry], BeforeValidator(_as_mixture)] = Field(default_factory=list)

@@ -1,5 +1,6 @@
 """Read prepared token shards: memory-mapped, checked against their manifest when opened."""
 
+import contextlib
 import functools
 import posixpath
 from collections.abc import Iterable, Sequence
@@ -121,17 +122,27 @@ class Shards:
             return padding_row()
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number = self.shard_of(index)
         shard = self._mapped.get(number)
         if shard is None:
             shard = self._mapped[number] = _Shard(self._file(number))
         return shard.row(int(index - self._starts[number]))
 
+    def shard_of(self, index: int) -> int:
+        """The number of the shard that holds a row."""
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
+
+    @property
+    def is_remote(self) -> bool:
+        """True if shards are read through the node's cache."""
+        return self._cache is not None
+
     def prefetch(self, numbers: Iterable[int]) -> None:
-        """Copy remote shards to this node; nothing to do for local ones."""
+        """Copy remote shards to this node ahead of their use; what cannot be read is told when it is used."""
         if self._cache is not None:
-            for number in numbers:
-                self._file(number)
+            with contextlib.suppress(DataError, OSError):
+                for number in numbers:
+                    self._file(number)
 
     def release(self, numbers: Iterable[int]) -> None:
         """Unmap shards that are not read for now."""

@@ -1,6 +1,7 @@
 """The rows of a step: from the global order to this rank's micro batches."""
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from ftray.config.recipe import DataConfig
 from ftray.core.errors import DataError
 from ftray.data.arrange import arrange
 from ftray.data.batch import Batch, collate
+from ftray.data.cache import NodeCache
 from ftray.data.grow import GrowingShards
 from ftray.data.order import Order, dp_slice
 from ftray.data.read import Shards
@@ -42,9 +44,15 @@ class Feed:
         micro_batch_size: int,
         seed: int,
     ) -> None:
-        self.shards: Shards = GrowingShards(train, data.window_shards) if data.stream else Shards(train)
-        self.validation = Shards(validation) if validation else None
-        self._data, self._dropped = data, 0
+        cache = NodeCache(max_bytes=int(data.node_cache_gb * 2**30))
+        self.shards: Shards = (
+            GrowingShards(train, data.window_shards, cache=cache)
+            if data.stream
+            else Shards(train, cache=cache)
+        )
+        self.validation = Shards(validation, cache=cache) if validation else None
+        self._data, self._dropped, self._window = data, 0, -1
+        self._ahead: threading.Thread | None = None
         self.order = self._arrange(global_batch_size, seed)
         self.strategy, self.micro_batch_size = strategy, micro_batch_size
 
@@ -80,6 +88,23 @@ class Feed:
             )
         return self.order.part(step, self.strategy.dp_rank, self.strategy.dp_size)
 
+    def _move(self, rows: npt.NDArray[np.int64]) -> None:
+        """Unmap windows that are left behind and fetch the next one ahead, where shards are remote."""
+        if not self.shards.is_remote or not (rows >= 0).any():
+            return
+        size = self._data.window_shards
+        window = self.shards.shard_of(int(rows.max())) // size
+        if window == self._window or self._data.mixture:
+            return
+        self._window = window
+        begin, end = window * size, (window + 1) * size
+        self.shards.release(n for n in range(len(self.shards.shards)) if not begin <= n < end)
+        ahead = range(end, min(end + size, len(self.shards.shards)))
+        if self._ahead is not None:
+            self._ahead.join()
+        self._ahead = threading.Thread(target=self.shards.prefetch, args=(ahead,), daemon=True)
+        self._ahead.start()
+
     def drop_before(self, position: int) -> None:
         """Remove the shards of windows that end at a position or before, if the recipe says so (on rank 0)."""
         if not self._data.drop_consumed:
@@ -101,7 +126,9 @@ class Feed:
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro batches of a step."""
-        return list(self._micro(self.shards, self.rows(step)))
+        rows = self.rows(step)
+        self._move(rows)
+        return list(self._micro(self.shards, rows))
 
     def validation_batches(self) -> list[Batch]:
         """This rank's part of all validation rows."""

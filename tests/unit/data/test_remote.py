@@ -1,0 +1,112 @@
+"""Shards behind a URL: the same data, read through a bounded cache of the node."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from ftray.config.recipe import DataConfig
+from ftray.core.errors import DataError
+from ftray.data import prepare
+from ftray.data.cache import NodeCache
+from ftray.data.grow import Background, GrowingShards
+from ftray.data.prepare import Preparation, prepare_local
+from ftray.data.read import Shards
+from ftray.train.io import LocalIO
+from ftray.train.track.jsonl import read_records
+from ftray.train.worker import train
+from tests.recipes import MakeRecipe
+
+Make = Callable[..., DataConfig]
+WriteRows = Callable[..., Path]
+URL = "memory://bucket/cache"
+
+
+@pytest.fixture(autouse=True)
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty bucket, small units, and a node cache of this test."""
+    system = fsspec.filesystem("memory")
+    if system.exists("/bucket"):
+        system.rm("/bucket", recursive=True)
+    monkeypatch.setattr(prepare, "UNIT_BYTES", 400)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+def corpus(write_rows: WriteRows) -> Path:
+    return write_rows([{"text": f"number {i}"} for i in range(200)])
+
+
+def test_the_rows_are_those_of_a_local_cache(
+    write_rows: WriteRows, config: Make, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    source = corpus(write_rows)
+    local = Shards(prepare_local(config(source), tokenizer_folder))
+    remote = Shards(
+        prepare_local(config(source, cache_dir=URL), tokenizer_folder), cache=NodeCache(tmp_path / "node")
+    )
+    assert str(remote.path).startswith(URL) and remote.manifest == local.manifest
+    for index in range(len(local)):
+        assert np.array_equal(remote.row(index).input_ids, local.row(index).input_ids)
+    stamp = fsspec.filesystem("memory").modified(f"{remote.path}/manifest.json")
+    prepare_local(config(source, cache_dir=URL), tokenizer_folder)
+    assert fsspec.filesystem("memory").modified(f"{remote.path}/manifest.json") == stamp
+
+
+def test_the_node_cache_is_bounded_and_shared(
+    write_rows: WriteRows, config: Make, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    folder = prepare_local(config(corpus(write_rows), cache_dir=URL), tokenizer_folder)
+    size = max(shard["size_bytes"] for shard in Shards(folder).shards)
+    cache = NodeCache(tmp_path / "node", max_bytes=3 * size)
+    shards = Shards(folder, cache=cache)
+    first = shards.row(0)
+    before = first.input_ids.copy()
+    for index in range(len(shards)):
+        shards.row(index)
+        copies = list(cache.folder.iterdir())
+        assert 0 < len(copies) <= 3 and sum(path.stat().st_size for path in copies) <= 3 * size
+    assert np.array_equal(first.input_ids, before), "a mapped copy outlives its removal"
+    again = Shards(folder, cache=cache)
+    last = len(shards) - 1
+    fsspec.filesystem("memory").rm("/bucket/cache/shards", recursive=True)
+    assert np.array_equal(again.row(last).input_ids, shards.row(last).input_ids), "fetched once for the node"
+    with pytest.raises(DataError, match="cannot be read"):
+        again.row(0)
+
+
+def test_a_damaged_remote_shard_is_named(
+    write_rows: WriteRows, config: Make, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    data = config(corpus(write_rows), cache_dir=URL)
+    folder = prepare_local(data, tokenizer_folder)
+    system = fsspec.filesystem("memory")
+    shards = Shards(folder, cache=NodeCache(tmp_path / "node"))
+    path = f"/bucket/cache/{shards.shards[1]['file'].removeprefix('../')}"
+    system.pipe_file(path, system.cat_file(path)[:-8])
+    with pytest.raises(DataError, match="not what was committed"):
+        shards.row(shards.shards[0]["rows"])
+    with pytest.warns(UserWarning, match="preparing it again"):
+        prepare_local(data, tokenizer_folder)
+    shards.row(shards.shards[0]["rows"])
+
+
+def test_windows_of_a_remote_data_set(write_rows: WriteRows, config: Make, tokenizer_folder: str) -> None:
+    data = config(corpus(write_rows), cache_dir=URL, window_shards=2)
+    background = Background(Preparation(data, tokenizer_folder))
+    shards = GrowingShards(background.folder, 2)
+    shards.ensure(10**9)
+    background.close()
+    assert shards.shards == Shards(background.folder).shards
+
+
+def test_a_run_over_remote_shards(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """The next window is on the node before it is read."""
+    local = make_recipe("local", data__window_shards=2)
+    remote = make_recipe("remote", data__window_shards=2, data__cache_dir=URL)
+    results = [train(recipe, LocalIO(tmp_path / recipe.name)) for recipe in (local, remote)]
+    curves = [read_records(result.run_dir / "metrics.jsonl") for result in results]
+    assert [r["loss"] for r in curves[0]] == [r["loss"] for r in curves[1]]
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
