@@ -56,10 +56,12 @@ def collate(rows: Sequence[RowArrays], row_ids: Sequence[int] | npt.NDArray[np.i
     doc_lens = np.concatenate([row.doc_lens for row in rows])
     ends = np.cumsum(doc_lens)
     starts = ends - doc_lens
-    positions = np.arange(int(ends[-1])) - np.repeat(starts, doc_lens)
+    positions = np.arange(int(ends[-1]))
+    positions -= np.repeat(starts, doc_lens)
 
     def flat(parts: list[npt.NDArray[np.int32]]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
+        # One pass that joins and widens.
+        return torch.from_numpy(np.concatenate(parts, dtype=np.int64, casting="safe"))[None]
 
     return Batch(
         input_ids=flat([row.input_ids for row in rows]),

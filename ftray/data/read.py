@@ -1,12 +1,13 @@
 """Read prepared token shards: memory-mapped, checked against their manifest when opened."""
 
+import bisect
 import contextlib
 import functools
+import itertools
 import posixpath
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,7 @@ IGNORE_INDEX = -100
 """Label of a token that is not a target (the value PyTorch's cross-entropy ignores)."""
 
 
-@dataclass(frozen=True)
-class RowArrays:
+class RowArrays(NamedTuple):
     """One packed row: arrays of N tokens that belong to D documents."""
 
     input_ids: npt.NDArray[np.int32]
@@ -100,16 +100,16 @@ class Shards:
         self._cache = (cache or NodeCache()) if is_url(path) else None
         self.shards: list[dict[str, Any]] = []
         """Manifest entries of the shards."""
-        self._starts = np.zeros(1, np.int64)
+        self._starts = [0]
         self._mapped: dict[int, _Shard] = {}
         self._good: set[str] = set()
 
     def _add(self, shards: Sequence[dict[str, Any]]) -> None:
         self.shards = [*self.shards, *shards]
-        self._starts = np.cumsum([0, *(shard["rows"] for shard in self.shards)])
+        self._starts = list(itertools.accumulate((shard["rows"] for shard in self.shards), initial=0))
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     @property
     def digest(self) -> str:
@@ -120,17 +120,17 @@ class Shards:
         """Row `index` as read-only views of the mapped file; -1 is the padding row."""
         if index == -1:
             return padding_row()
-        if not 0 <= index < len(self):
+        if not 0 <= index < self._starts[-1]:
             raise IndexError(f"row {index} of {len(self)}")
         number = self.shard_of(index)
         shard = self._mapped.get(number)
         if shard is None:
             shard = self._mapped[number] = _Shard(self._file(number))
-        return shard.row(int(index - self._starts[number]))
+        return shard.row(index - self._starts[number])
 
     def shard_of(self, index: int) -> int:
         """The number of the shard that holds a row."""
-        return int(np.searchsorted(self._starts, index, side="right")) - 1
+        return bisect.bisect_right(self._starts, index) - 1
 
     @property
     def is_remote(self) -> bool:
