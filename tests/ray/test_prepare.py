@@ -1,9 +1,12 @@
 """Preparation through Ray Data: the same shards as in one process, and the same errors."""
 
 import dataclasses
+import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ftray.config.recipe import DataConfig
@@ -72,3 +75,26 @@ def test_a_mistake_of_the_user_comes_back_as_one_line(tmp_path: Path, tiny_base:
     with pytest.raises(DataError, match="has no chat template") as caught:
         prepare(data, str(plain))
     assert "\n" not in str(caught.value)
+
+
+def test_files_of_every_format_give_the_same_shards(tmp_path: Path, tiny_base: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    rows = [{"question": f"what is {i}?", "answer": "word " * (i % 7 + 1)} for i in range(120)]
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    (corpus / "a.jsonl.gz").write_bytes(gzip.compress(lines)[:-20])
+    (corpus / "b.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), corpus / "c.parquet", row_group_size=50)
+    (corpus / "d.csv").write_text(
+        "question,answer\n" + "".join(f"{r['question']},{r['answer']}\n" for r in rows)
+    )
+    data = DataConfig(
+        train=[f"{corpus}#400"],
+        columns={"prompt": "question", "completion": "answer"},
+        max_length=128,
+        cache_dir=str(tmp_path / "here"),
+    )
+    here = prepare_local(data, str(tiny_base))
+    there = prepare(dataclasses.replace(data, cache_dir=str(tmp_path / "ray")), str(tiny_base))
+    assert tree(there) == tree(here)
+    assert json.loads((there / "manifest.json").read_text())["counts"]["rows"] == 400
