@@ -56,7 +56,8 @@ def cut(documents: Documents, capacity: int) -> Pieces:
     starts = np.repeat(pieces.starts, counts) + place * stride
     ends = np.repeat(pieces.starts + pieces.lens, counts)
     lens = np.minimum(capacity, ends - starts)
-    targets = np.concatenate([[0], np.cumsum(documents.labels != IGNORE_INDEX)])
+    targets = np.zeros(len(documents.labels) + 1, np.int32)
+    np.cumsum(documents.labels != IGNORE_INDEX, out=targets[1:])
     used = targets[starts + lens] > targets[np.minimum(starts + 1, starts + lens)]
     return Pieces(starts[used], lens[used])
 
@@ -90,12 +91,30 @@ def best_fit(lens: Ints, capacity: int) -> tuple[Ints, int]:
     return row_of, num_rows
 
 
-def pack(documents: Documents, pieces: Pieces, capacity: int, *, packing: bool) -> Packed:
-    """Lay pieces out in rows; without `packing` each is a row of its own."""
-    if packing:
-        row_of, num_rows = best_fit(pieces.lens, capacity)
-    else:
-        row_of, num_rows = np.arange(len(pieces.lens)), len(pieces.lens)
+def pack(
+    documents: Documents, pieces: Pieces, capacity: int, *, packing: bool, groups: Ints | None = None
+) -> Packed:
+    """Lay pieces out in rows.
+
+    Args:
+        documents: what the pieces are cut from.
+        pieces: none longer than the capacity.
+        capacity: tokens in a row.
+        packing: several groups in a row; otherwise each is a row of its own.
+        groups: how many pieces, in their order, belong together (a pair, a group of answers) and stay in one row,
+            next to each other; they sum to the number of pieces. None: each piece by itself.
+
+    Raises:
+        ValueError: if a group is longer than a row, which it must not be cut for.
+    """
+    sizes = np.ones(len(pieces.lens), np.int64) if groups is None else groups
+    lens = np.add.reduceat(pieces.lens, np.cumsum(sizes) - sizes) if len(sizes) else pieces.lens
+    if len(lens) and lens.max() > capacity:
+        raise ValueError(
+            f"a group of {lens.max()} tokens does not fit a row of {capacity}; filter it out before"
+        )
+    group_rows, num_rows = best_fit(lens, capacity) if packing else (np.arange(len(lens)), len(lens))
+    row_of = np.repeat(group_rows, sizes)
     order = np.argsort(row_of, kind="stable")
     lens = pieces.lens[order]
     ends = np.cumsum(lens)

@@ -97,3 +97,30 @@ def test_nothing_to_pack(packing: bool) -> None:
     docs = documents([])
     packed = pack(docs, whole(docs), 16, packing=packing)
     assert len(packed.docs_per_row) == 0
+
+
+@given(st.lists(st.lists(st.integers(2, 12), min_size=1, max_size=4), min_size=1, max_size=30), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_groups_stay_whole_and_in_order(groups: list[list[int]], packing: bool) -> None:
+    docs = documents([(length, 0) for group in groups for length in group])
+    sizes = np.array([len(group) for group in groups])
+    packed = pack(docs, whole(docs), 48, packing=packing, groups=sizes)
+    check(packed, 48)
+    out = np.split(packed.documents.input_ids, np.cumsum(packed.documents.lens)[:-1])
+    rows = np.repeat(np.arange(len(packed.docs_per_row)), packed.docs_per_row)
+    place = {int(document[0]): number for number, document in enumerate(out)}
+    firsts = np.cumsum(docs.lens) - docs.lens
+    before = np.split(docs.input_ids, firsts[1:])
+    assert sorted(map(tuple, out)) == sorted(map(tuple, before))
+    for start, size in zip(np.cumsum(sizes) - sizes, sizes, strict=True):
+        places = [place[int(first)] for first in firsts[start : start + size]]
+        assert places == list(range(places[0], places[0] + size)), "next to each other, in their order"
+        assert len({int(rows[number]) for number in places}) == 1, "in one row"
+    if not packing:
+        assert np.array_equal(packed.docs_per_row, sizes)
+
+
+def test_a_group_that_does_not_fit_is_refused() -> None:
+    docs = documents([(10, 0), (10, 0)])
+    with pytest.raises(ValueError, match="a group of 20 tokens does not fit a row of 16"):
+        pack(docs, whole(docs), 16, packing=True, groups=np.array([2]))
