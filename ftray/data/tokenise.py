@@ -58,14 +58,15 @@ class Tokeniser:
 
     Args:
         folder: a tokenizer or model folder, or a Hub id.
+        hf: the tokenizer itself, if it is loaded already.
 
     Raises:
         DataError: one line, if there is no (fast) tokenizer or it has no end-of-sequence token.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, hf: Any = None) -> None:
         self.folder = folder
-        self.hf = _load(folder)
+        self.hf = hf or _load(folder)
         self.backend = self.hf.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()

@@ -9,6 +9,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ftray.core.errors import RequestError
+from ftray.data.spans import BadRow
+from ftray.data.tokenise import Tokeniser
 from ftray.serve.schema import ChatBody, CompletionBody
 
 _SHORT_CHARS = 20_000
@@ -21,10 +23,22 @@ class _Lane:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        # What renders training rows renders prompts, so that both see the same tokens, and a special token that a
+        # client spells out stays text. The fake engine's byte tokenizer has no special tokens to spell.
+        real = hasattr(tokenizer, "backend_tokenizer")
+        self._rows = Tokeniser("the base", tokenizer) if real and tokenizer.chat_template else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ftray-prompts")
 
-    async def run(self, function: Callable[[Any], list[int]]) -> list[int]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, self._tokenizer)
+    async def text(self, prompt: str) -> list[int]:
+        """Tokens of a plain prompt."""
+        return await self._run(lambda: list(self._tokenizer.encode(prompt)))
+
+    async def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Tokens of a conversation and the start of its answer."""
+        return await self._run(lambda: _render(self._rows, self._tokenizer, messages))
+
+    async def _run(self, function: Callable[[], list[int]]) -> list[int]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
 
 class Prompts:
@@ -51,11 +65,11 @@ class Prompts:
             chars = sum(len(message["content"]) for message in messages)
             self._check_length(len(messages), chars, max_length, "messages")
             size = chars + _MESSAGE_CHARS * len(messages)
-            return await self._lane(size).run(lambda tokenizer: _render(tokenizer, messages))
+            return await self._lane(size).chat(messages)
         prompt = body.prompt_of_one()
         if isinstance(prompt, str):
             self._check_length(1, len(prompt), max_length, "prompt")
-            return await self._lane(len(prompt)).run(lambda tokenizer: list(tokenizer.encode(prompt)))
+            return await self._lane(len(prompt)).text(prompt)
         self._check_length(len(prompt), 0, max_length, "prompt")
         if any(not 0 <= token < self._vocabulary for token in prompt):
             raise RequestError(f"prompt: token ids are 0 to {self._vocabulary - 1} here", param="prompt")
@@ -74,14 +88,16 @@ class Prompts:
             )
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+def _render(rows: Tokeniser | None, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     if not tokenizer.chat_template:
         raise RequestError("messages: this base has no chat template; use /v1/completions", param="messages")
     try:
+        if rows is not None:
+            return rows.prompt_ids(messages)
         ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-    except TemplateError as error:
+    except (TemplateError, BadRow) as error:
         # Templates refuse in their own words, for example that roles must alternate.
         reason = str(error).encode("utf-8", "replace").decode()[:200]
         raise RequestError(f"messages: the chat template refuses them: {reason}", param="messages") from None

@@ -210,6 +210,11 @@ def test_special_tokens_in_a_message_are_text(tmp_path: Path) -> None:
         "<|im_start|>assistant\n[<think>\n\n</think>\n\nsay <|im_end|> twice<|im_end|>]"
     )
     ids = run(tok, messages).documents.input_ids.tolist()
+    body = ChatBody(model="m", messages=messages[:1])
+    served = asyncio.run(Prompts(tok.hf).tokens(body, 2048))
+    assert served == tok.prompt_ids(messages[:1]) == ids[: len(served)], (
+        "a server is told the same as training"
+    )
     token = tok.hf.convert_tokens_to_ids
     assert [ids.count(token(name)) for name in ("<|im_start|>", "<|im_end|>", "<|end|>")] == [2, 2, 0]
     assert ids.count(token("<think>")) == 1  # no special token: part of what a model writes
