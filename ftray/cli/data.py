@@ -124,20 +124,36 @@ def show(
 
 
 @app.command()
-def stats(folder: Annotated[Path, typer.Argument(help="Folder that `ftray data prepare` printed.")]) -> None:
-    """Numbers of a prepared data set: rows, filtered, quarantined, tokens, lengths."""
+def stats(
+    folder: Annotated[str, typer.Argument(help="Folder or URL that `ftray data prepare` printed.")],
+    png: Annotated[
+        Path | None, typer.Option(help="Where the picture goes; default: lengths.png in a local folder.")
+    ] = None,
+) -> None:
+    """Numbers of a prepared data set by source: rows, tokens, targets, lengths, duplicates, rejects by reason."""
     import numpy as np
+    from rich.table import Table
 
     from ftray.cli.screen import out
-    from ftray.data.inspect import document_lens
+    from ftray.data.stats import measure, plot_lengths
+    from ftray.data.store import is_url
 
-    lens = document_lens(folder)
+    found = measure(folder)
     _print_counts(folder)
-    if len(lens):
-        marks = np.percentile(lens, [0, 50, 90, 99, 100]).astype(int).tolist()
-        names = ("shortest", "median", "90 %", "99 %", "longest")
-        shown = ", ".join(f"{name} {mark:,}" for name, mark in zip(names, marks, strict=True))
+    names = ("rows", "documents", "tokens", "targets")
+    table = Table("source", *names, "filtered", "quarantined", box=None)
+    for source in found.sources:
+        rejects = (sum(source[kind].values()) for kind in ("filtered", "quarantined"))
+        table.add_row(source["file"], *(f"{n:,}" for n in (*(source[name] for name in names), *rejects)))
+    out.print(table, highlight=False)
+    if len(found.lens):
+        marks = np.percentile(found.lens, [0, 50, 90, 99, 100]).astype(int).tolist()
+        titles = ("shortest", "median", "90 %", "99 %", "longest")
+        shown = ", ".join(f"{title} {mark:,}" for title, mark in zip(titles, marks, strict=True))
         out.print(f"tokens per document: {shown}", highlight=False)
+        out.print(f"repeated documents: {found.duplicates:,}", highlight=False)
+        picture = plot_lengths(found, png or Path("." if is_url(folder) else folder) / "lengths.png")
+        out.print(f"histogram: {picture}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -178,6 +194,7 @@ def _print_counts(folder: Path | str) -> None:
         table.add_row(name.replace("_", " "), f"{counts[name]:,}")
     full = counts["tokens"] / max(1, counts["packed_rows"] * manifest["max_length"])
     table.add_row("rows filled", f"{full:.2%}")
+    table.add_row("split documents", f"{counts['split_documents_fraction']:.2%}")
     for rule, count in counts["filtered"].items():
         table.add_row(f"filtered by {rule}", f"{count:,}")
     for rule, count in counts["changed"].items():

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -97,9 +96,3 @@ def documents(shards: Shards) -> Iterator[Document]:
         columns = (np.split(column, cuts) for column in (row.input_ids, row.labels, row.weights))
         for ids, labels, weights in zip(*columns, strict=True):
             yield Document(ids.tolist(), (labels != IGNORE_INDEX).tolist(), weights.tolist())
-
-
-def document_lens(folder: Path) -> np.ndarray:
-    """Tokens of every document (or piece of a long one) of a prepared data set."""
-    shards = Shards(folder)
-    return np.concatenate([shards.row(index).doc_lens for index in range(len(shards))])

@@ -49,7 +49,12 @@ def test_prepare_and_stats(recipe: Path) -> None:
     [folder] = (recipe.parent / "cache").glob("train-*")
     assert str(folder) in shown
     stats = run("stats", str(folder))
-    assert "tokens per document: shortest 25, median 26" in stats
+    assert "tokens per document: shortest 25, median 26" in stats and "repeated documents: 0" in stats
+    source = next(
+        line for line in stats.splitlines() if line.split()[:1] == [str(recipe.parent / "rows.jsonl")]
+    )
+    assert source.split()[1:3] == ["31", "30"] and source.split()[-1] == "1"
+    assert (folder / "lengths.png").stat().st_size > 5000
     assert "quarantined rows: " in stats
 
 
