@@ -20,9 +20,9 @@ ROWS = [{"prompt": f"q{i}", "completion": "word " * (i % 5 + 1)} for i in range(
 @pytest.fixture
 def remote() -> Iterator[Any]:
     system = fsspec.filesystem("memory")
-    system.mkdirs("/bucket", exist_ok=True)
+    system.mkdirs("/remote-sources", exist_ok=True)
     yield system
-    system.rm("/bucket", recursive=True)
+    system.rm("/remote-sources", recursive=True)
 
 
 def test_shards_of_remote_files_are_those_of_local_ones(
@@ -36,9 +36,9 @@ def test_shards_of_remote_files_are_those_of_local_ones(
         writer.write_table(table, max_chunksize=40)
     pq.write_table(table, local / "c.parquet", row_group_size=40)
     for path in local.iterdir():
-        remote.put_file(str(path), f"/bucket/{path.name}")
+        remote.put_file(str(path), f"/remote-sources/{path.name}")
     here = prepare_local(config(local, max_quarantine=0.1), tokenizer_folder)
-    there = prepare_local(config("memory://bucket", max_quarantine=0.1), tokenizer_folder)
+    there = prepare_local(config("memory://remote-sources", max_quarantine=0.1), tokenizer_folder)
     one, two = Shards(here), Shards(there)
     assert one.manifest["counts"] == two.manifest["counts"]
     assert one.manifest["counts"]["rows"] == 271
@@ -46,4 +46,4 @@ def test_shards_of_remote_files_are_those_of_local_ones(
         two.row(i).input_ids.tolist() for i in range(len(two))
     ]
     (record,) = [json.loads(line) for line in (Path(there) / "quarantine.jsonl").read_text().splitlines()]
-    assert record["file"] == "memory:///bucket/a.jsonl" and record["line"] == 91
+    assert record["file"] == "memory:///remote-sources/a.jsonl" and record["line"] == 91
