@@ -18,6 +18,8 @@ from ftray.data.store import Folder, Store
 from ftray.data.work import Outcome
 
 QUARANTINE = "quarantine.jsonl"
+READER = "reader.json"
+"""How far a run has come that reads the data set while it grows."""
 _STAMPS = "stamps.json"
 
 
@@ -51,6 +53,7 @@ class Dataset:
     def forget(self) -> None:
         """Remove the manifest and the windows of an earlier preparation, whose shards may be gone."""
         self.store.remove(f"{self.name}/{MANIFEST}")
+        self.store.remove(f"{self.name}/{READER}")
         number = 0
         while self.store.stamp(name := f"{self.name}/{window_name(self.window_shards, number)}") is not None:
             self.store.remove(name)
@@ -66,6 +69,11 @@ class Dataset:
             "shards": list(shards),
         }
         self.store.write_json(f"{self.name}/{window_name(self.window_shards, number)}", content)
+
+    def rows_read(self) -> int:
+        """Rows that a reader has asked for so far."""
+        told = self.store.read_json(f"{self.name}/{READER}")
+        return int(told["rows"]) if told else 0
 
     def entries(self, outcome: Outcome) -> list[dict[str, Any]]:
         """The manifest entry of a unit's shard, with the number of its source; none if it has no row."""
@@ -134,6 +142,12 @@ class Prefix:
         self._ready: list[Outcome] = []
         self._shards: list[dict[str, Any]] = []
         self._windows = 0
+        self._starts = [0]
+
+    def windows_ahead(self) -> int:
+        """Written windows that no reader has come to."""
+        read = self.dataset.rows_read()
+        return sum(start >= read for start in self._starts[:-1])
 
     def add(self, outcome: Outcome) -> None:
         """Take one outcome; each is taken once."""
@@ -144,6 +158,7 @@ class Prefix:
             if len(self._shards) == self.dataset.window_shards:
                 counts = counts_of(self._ready, self.dataset.identity["max_length"])
                 self.dataset.write_window(self._windows, self._shards, counts)
+                self._starts.append(counts["packed_rows"])
                 self._windows, self._shards = self._windows + 1, []
 
 

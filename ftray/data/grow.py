@@ -9,6 +9,7 @@ from ftray.core import errors
 from ftray.core.errors import DataError, FtrayError
 from ftray.core.types import Progress, no_progress
 from ftray.data.cache import NodeCache
+from ftray.data.dataset import READER
 from ftray.data.prepare import Preparation, Stopped
 from ftray.data.read import MANIFEST, Shards, checked, window_name
 from ftray.data.store import Folder
@@ -33,6 +34,7 @@ class GrowingShards(Shards):
     def __init__(self, path: Folder, window_shards: int, *, cache: NodeCache | None = None) -> None:
         self._open(path, cache)
         self._window_shards, self._windows = window_shards, 0
+        self._told = 0
         self.is_complete = False
         """True once the last row is known."""
         self.manifest = {}
@@ -41,6 +43,10 @@ class GrowingShards(Shards):
     def ensure(self, num_rows: int) -> bool:
         """Wait until so many rows are there, or all; True if there are more than before."""
         before = len(self)
+        if num_rows > self._told:
+            # Now and then is enough: preparation stays whole windows ahead.
+            self._store.write_json(f"{self._name}/{READER}", {"rows": num_rows})
+            self._told = num_rows + before // max(1, 2 * self._windows)
         while not self.is_complete and len(self) < num_rows:
             if not (self._take_manifest() or self._take_window()):
                 self._raise_failure()

@@ -6,6 +6,7 @@ units that are missing (`units.py`). Rows in = documents + filtered + quarantine
 """
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -28,6 +29,10 @@ from ftray.data.work import Outcome, Plan, Runner, Task, run_here
 __all__ = ["QUARANTINE", "Preparation", "Split", "Stopped", "prepare_local", "prepare_with"]
 
 Split = Literal["train", "validation"]
+
+
+_WINDOWS_AHEAD = 2
+_POLL_S = 0.1
 
 
 class Stopped(Exception):
@@ -140,6 +145,7 @@ class Preparation:
                 outcomes.append(outcome)
                 if prefix is not None:
                     prefix.add(outcome)
+                    self._wait_for_reader(prefix, stop)
                 done += outcome.unit.stop - outcome.unit.start
                 progress(done, total)
                 if stop():
@@ -150,6 +156,12 @@ class Preparation:
                 decided = barrier.keep([outcome.keys or [] for outcome in outcomes])
                 masks = [(*known, new) for known, new in zip(masks, decided, strict=True)]
         return outcomes
+
+    def _wait_for_reader(self, prefix: Prefix, stop: Callable[[], bool]) -> None:
+        """Stay a few windows ahead of a run that drops them, so that the disk it takes is bounded."""
+        if self.data.stream and self.data.drop_consumed:
+            while prefix.windows_ahead() > _WINDOWS_AHEAD and not stop():
+                time.sleep(_POLL_S)
 
     def _pass(self, run: Runner, place: int | None, masks: Sequence[tuple[Mask, ...]]) -> Any:
         """Outcomes of all units up to a barrier, or to the end: first what is remembered, then the rest."""
@@ -162,13 +174,16 @@ class Preparation:
             else:
                 yield found
         keys = {task.unit.index: task.key for task in tasks}
-        for outcome in run(functools.partial(prepare_unit, self.plan), tasks):
-            if outcome.shard and self.store.stamp(f"{keys[outcome.unit.index]}.arrow") is None:
-                raise DataError(
-                    f"{self.folder}: a shard written by another node is not here; "
-                    "set data.cache_dir to storage that all nodes share"
-                )
-            yield outcome
+        # Tasks of a cluster write shards before anyone takes their outcomes, so a run that is to wait gets few.
+        size = self.data.window_shards if self.data.drop_consumed else max(1, len(tasks))
+        for start in range(0, len(tasks), size):
+            for outcome in run(functools.partial(prepare_unit, self.plan), tasks[start : start + size]):
+                if outcome.shard and self.store.stamp(f"{keys[outcome.unit.index]}.arrow") is None:
+                    raise DataError(
+                        f"{self.folder}: a shard written by another node is not here; "
+                        "set data.cache_dir to storage that all nodes share"
+                    )
+                yield outcome
 
     def _key(self, unit: Unit, masks: Sequence[Mask], place: int | None) -> str:
         return unit_key(self.how, self.sources[unit.file]["digest"], unit, masks, place)

@@ -113,6 +113,29 @@ def test_consumed_windows_are_dropped(
         train(make_recipe("again", **settings), LocalIO(tmp_path / "again"))
 
 
+def test_the_disk_is_bounded(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preparation, which is faster here, waits for training."""
+    monkeypatch.setattr(prepare, "UNIT_BYTES", 400)
+    corpus = tmp_path / "long.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"row {i} of a long corpus"}) + "\n" for i in range(900)))
+    held: list[int] = []
+    real = prepare.prepare_unit
+
+    def counting(plan: Any, task: Any) -> Any:
+        held.append(len(list(tmp_path.glob("cache-drop/shards/*/*.arrow"))))
+        return real(plan, task)
+
+    monkeypatch.setattr(prepare, "prepare_unit", counting)
+    settings = {"data__train": str(corpus), "data__stream": True, "data__drop_consumed": True}
+    recipe = make_recipe("drop", **changes(tmp_path, "drop", **settings, train__max_steps=180))
+    assert train(recipe, LocalIO(tmp_path / "run")).step == 180
+    # Two windows of two shards ahead, the one under way, and five steps of four rows since the last checkpoint.
+    assert len(held) > 70 and max(held) <= 14
+    assert len(sum(recorded(tmp_path / "drop.ids.0", 2), [])) == 720  # noqa: RUF017
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
