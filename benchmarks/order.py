@@ -49,7 +49,9 @@ def check(order: Order, ranks: int, window: int | None) -> int:
             window // order.global_batch_size * i for i in (1, 2, steps * order.global_batch_size // window)
         ]
     drawn = np.random.default_rng(0).integers(0, 3 * steps, 5).tolist()
-    for step in [*edges, *drawn]:
+    # A mixture has no windows of its own at the ends of these; a few batches of a thousand ranks are enough.
+    checked = [0, steps, drawn[0]] if isinstance(order, Mixture) else [*edges, *drawn]
+    for step in checked:
         whole = order.batch(step)
         joined = np.concatenate([order.part(step, rank, ranks) for rank in range(ranks)])
         assert np.array_equal(joined[joined >= 0], whole), f"step {step}"
@@ -60,7 +62,7 @@ def check(order: Order, ranks: int, window: int | None) -> int:
     if window and not isinstance(order, Mixture):
         first = np.concatenate([order.batch(step) for step in range(window // order.global_batch_size)])
         assert np.array_equal(np.sort(first), np.arange(len(first))), "the first window is not a permutation"
-    return len(edges) + len(drawn)
+    return len(checked)
 
 
 def cpu_us(work: Callable[[int], Any], repeats: int) -> float:
