@@ -28,11 +28,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would take for a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+0123456789."),
+    )
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -95,7 +100,12 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 def to_yaml(spec: Any) -> str:
     """The resolved tree as YAML, every default written out."""
-    return yaml.safe_dump(dump(spec), sort_keys=False, allow_unicode=True)
+    return text_of(dump(spec), sort_keys=False, allow_unicode=True)
+
+
+def text_of(value: Any, **style: Any) -> str:
+    """Plain data as YAML that this module reads back as it was; `style` as of `yaml.dump`."""
+    return str(yaml.dump(value, Dumper=_Dumper, **style))
 
 
 def write_resolved(spec: Any, path: Path) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ftray.config.load import apply_override, load, read_yaml, to_yaml, write_resolved
+from ftray.config.load import apply_override, load, read_yaml, text_of, to_yaml, write_resolved
 from ftray.config.recipe import Recipe
 from ftray.config.serve import ServeConfig
 from ftray.config.tune import TuneConfig
@@ -148,13 +148,14 @@ VALUES = (
 
 
 @given(value=VALUES | st.lists(VALUES, max_size=3))
+@example(value="0E0")
+@example(value=["1e5", "-.5E+3"])
 def test_any_value_survives_an_override(value: Any) -> None:
     if "$" in str(value) or str(value).startswith("~"):
         return
     data: dict[str, Any] = {}
-    apply_override(
-        data, "a.b=" + yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n")
-    )
+    text = text_of(value, default_flow_style=True, width=10**6)
+    apply_override(data, "a.b=" + text.removesuffix("...\n"))
     assert data == {"a": {"b": value}}
 
 
