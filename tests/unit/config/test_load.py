@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -151,7 +150,7 @@ VALUES = (
 @example(value="0E0")
 @example(value=["1e5", "-.5E+3"])
 def test_any_value_survives_an_override(value: Any) -> None:
-    if "$" in str(value) or str(value).startswith("~"):
+    if "$" in str(value) or "~" in str(value):  # these are expanded
         return
     data: dict[str, Any] = {}
     text = text_of(value, default_flow_style=True, width=10**6)
