@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private import ray_constants
 from ray.exceptions import RayError
@@ -27,6 +28,7 @@ _WORKER_ENV = {"TOKENIZERS_PARALLELISM": "false"}
 _PASSED_ON = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "WANDB_MODE", "WANDB_PROJECT")
 _OBJECT_STORE_BYTES = 512 * 2**20
 _SWEEP_AGE_S = 24 * 3600
+_WORKERS_END_S = 5.0
 
 
 @contextlib.contextmanager
@@ -88,7 +90,9 @@ def _local(num_cpus: int | None, dashboard: bool) -> Iterator[None]:
                 _init("local", settings)
                 yield
             finally:
+                workers = _workers()
                 ray.shutdown()
+                _end(workers)
     except FtrayError:
         raise
     except Exception:
@@ -205,3 +209,24 @@ def _loopback() -> Iterator[None]:
 
 def _debug() -> bool:
     return os.environ.get("FTRAY_DEBUG", "") not in ("", "0")
+
+
+def _workers() -> list[psutil.Process]:
+    """Ray's worker processes below this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "RAY_RAYLET_PID" in process.environ():
+                found.append(process)
+    return found
+
+
+def _end(workers: list[psutil.Process]) -> None:
+    """End the workers that outlive their raylet.
+
+    It ends those it knows of; a Ray Train controller that hung in its own exit has been seen to stay behind.
+    """
+    _, alive = psutil.wait_procs(workers, timeout=_WORKERS_END_S)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()

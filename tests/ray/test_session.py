@@ -101,3 +101,16 @@ def test_a_cluster_that_is_not_there_is_one_line() -> None:
     with pytest.raises(ClusterError) as raised, session(address=address):
         pass
     assert address in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_worker_the_raylet_does_not_know_of_is_ended_too() -> None:
+    with session(address="local", num_cpus=1):
+        marked = os.environ | {"RAY_RAYLET_PID": "1"}
+        lost = subprocess.Popen(["sleep", "300"], env=marked)
+        other = subprocess.Popen(["sleep", "300"])
+    try:
+        assert lost.wait(timeout=5) < 0
+        assert other.poll() is None, "what is not Ray's is left alone"
+    finally:
+        other.kill()
+        other.wait()
