@@ -53,6 +53,14 @@ class Tokenised(NamedTuple):
     """The row each document comes from, [D]; a conversation may give several."""
 
 
+def chat_template_hash(tokenizer: Any) -> str:
+    """Digest of the chat template's bytes; `none` if the tokenizer has no template."""
+    template = tokenizer.chat_template
+    if not template:
+        return "none"
+    return digest_bytes(template.encode()) if isinstance(template, str) else digest_json(template)
+
+
 class Tokeniser:
     """A Hugging Face tokenizer and its chat template, as preparation uses them.
 
@@ -87,11 +95,8 @@ class Tokeniser:
 
     @property
     def template_digest(self) -> str:
-        """Digest of the chat template's bytes, `none` if there is no template."""
-        template = self.hf.chat_template
-        if not template:
-            return "none"
-        return digest_bytes(template.encode()) if isinstance(template, str) else digest_json(template)
+        """See `chat_template_hash`."""
+        return chat_template_hash(self.hf)
 
     def documents(self, row: Row) -> list[list[Segment]]:
         """A row as documents of segments. Raises `BadRow` if the chat template refuses it."""

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from ftray.core.errors import ModelError
-from ftray.core.fs import digest_bytes, digest_json
+from ftray.data.tokenise import chat_template_hash
+
+__all__ = ["chat_template_hash", "load_tokenizer"]
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -25,11 +27,3 @@ def load_tokenizer(folder: str | Path) -> Any:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{folder}: the tokenizer has no `eos_token`; add one to tokenizer_config.json")
     return tokenizer
-
-
-def chat_template_hash(tokenizer: Any) -> str:
-    """Digest of the chat template's bytes; `none` if the tokenizer has no template."""
-    template = tokenizer.chat_template
-    if not template:
-        return "none"
-    return digest_bytes(template.encode()) if isinstance(template, str) else digest_json(template)
