@@ -29,12 +29,14 @@ lint: venv
 
 venv: $(INSTALLED)
 
-# Everything is pinned, the build tools too, so that nothing is fetched once this is done.
+# Everything is pinned, the build tools too, so that nothing is fetched once this is done. deepspeed is built from
+# source and its set-up imports torch, so torch and the build tools come first and nothing is built in isolation.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is missing or older than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) pip setuptools wheel
+	$(PIP) pip setuptools wheel ninja
+	$(PIP) torch
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 

@@ -76,6 +76,17 @@ def test_a_changed_pin_installs_again(tmp_path: Path) -> None:
     assert "install --constraint constraints.txt" in plan()
 
 
+def test_torch_is_there_when_deepspeed_is_built(tmp_path: Path) -> None:
+    """deepspeed's set-up imports torch, so it is installed before, and nothing is built in isolation."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    command = ["make", "--dry-run", "venv", f"PYTHON={sys.executable}"]
+    plan = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    tools, torch, ours = (line for line in plan if "pip" in line)
+    assert tools.endswith("setuptools wheel ninja") and torch.endswith(" torch")
+    assert "--no-build-isolation" in ours and ours.endswith("'.[dev]'")
+
+
 def test_the_documents_are_filled_in() -> None:
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     holes = {f"{page.relative_to(ROOT)}: {line}" for page in pages for line in _lines_with(page, "@@")}
