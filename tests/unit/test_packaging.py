@@ -81,7 +81,9 @@ def test_torch_is_there_when_deepspeed_is_built(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     command = ["make", "--dry-run", "venv", f"PYTHON={sys.executable}"]
-    plan = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    plan = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     tools, torch, ours = (line for line in plan if "pip" in line)
     assert tools.endswith("setuptools wheel ninja") and torch.endswith(" torch")
     assert "--no-build-isolation" in ours and ours.endswith("'.[dev]'")
