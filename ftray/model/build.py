@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
 from torch import nn
 
 from ftray.config.recipe import ModelConfig
 from ftray.core.errors import ModelError
 from ftray.model import attention
+from ftray.model.convert import Origin, find_origins, read
 from ftray.model.folder import load_config, resolve_folder, weight_map
 
 # What transformers raises for a configuration of another kind of model, or with impossible sizes.
@@ -88,18 +88,18 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Stream a folder's weights into a structure built by `build_structure`.
 
     Raises:
-        ModelError: if a weight is missing, has another shape, or needs a conversion that is not known here.
+        ModelError: if a weight is missing or has another shape.
     """
-    sources = _sources(model, folder)
+    origins = find_origins(model, weight_map(folder))
     placed: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if parameter.device.type != "meta":
             continue  # an adapter's own factors
         owner, _, leaf = name.rpartition(".")
         if id(parameter) not in placed:
-            if name not in sources:
+            if name not in origins:
                 continue  # perhaps a tied alias seen before its source; what stays on meta is reported below
-            tensor = _read(sources[name], parameter)
+            tensor = _checked(read(origins[name], model, parameter.dtype), origins[name], parameter)
             placed[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) in placed:
@@ -121,36 +121,11 @@ def load_model(folder: str | Path, *, dtype: str = "float32", attn: str = attent
     return model.eval()
 
 
-def _sources(model: Any, folder: Path) -> dict[str, tuple[Path, str]]:
-    """Parameter name -> (file, checkpoint key), by transformers' own renaming rules."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules = get_model_conversion_mapping(model) or []
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state = dict(model.state_dict())
-    sources: dict[str, tuple[Path, str]] = {}
-    for key, file in weight_map(folder).items():
-        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if converter is not None:
-            raise ModelError(
-                f"{folder}: `{key}` must be converted on load, which ftray does not do yet; "
-                f"model_type {model.config.model_type!r} is not supported"
-            )
-        if name in state:
-            sources[name] = (file, key)
-    return sources
-
-
-def _read(source: tuple[Path, str], parameter: nn.Parameter) -> torch.Tensor:
-    file, key = source
-    # Closing the file after each tensor lets its pages go: the peak is the model plus one tensor.
-    with safe_open(file, "pt") as opened:
-        tensor = opened.get_tensor(key)
+def _checked(tensor: torch.Tensor, origin: Origin, parameter: nn.Parameter) -> torch.Tensor:
     if tensor.shape != parameter.shape:
+        piece = origin.pieces[0]
         shapes = f"{tuple(tensor.shape)}, the configuration says {tuple(parameter.shape)}"
         raise ModelError(
-            f"{file}: `{key}` has shape {shapes}; config.json and weights do not belong together"
+            f"{piece.file}: `{piece.key}` has shape {shapes}; config.json and weights do not belong together"
         )
-    return tensor.to(parameter.dtype)
+    return tensor

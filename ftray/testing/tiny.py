@@ -21,10 +21,35 @@ _SMALL: dict[str, Any] = {
     "initializer_range": 0.15,
 }
 
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_SMALL, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **_SMALL, "head_dim": 16, "tie_word_embeddings": False},
     "mistral": {"model_type": "mistral", **_SMALL, "head_dim": 16, "sliding_window": 9},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **_SMALL,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi3": {"model_type": "phi3", **_SMALL, "sliding_window": 9},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_SMALL,
+        "head_dim": 16,
+        **_EXPERTS,
+        "moe_intermediate_size": 32,
+    },
+    "mixtral": {
+        "model_type": "mixtral",
+        **_SMALL,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
     "gpt2": {
         "model_type": "gpt2",
         "n_embd": 64,

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ftray.core.errors import ModelError
+from ftray.model import convert
 from ftray.model.build import load_model
-from ftray.model.folder import resolve_folder
+from ftray.model.folder import resolve_folder, weight_map
 from ftray.model.head import Head
 from ftray.model.identity import base_identity
 from ftray.testing import tiny
@@ -30,7 +33,7 @@ def test_equals_from_pretrained(base: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-5, atol=1e-5)
     for (name, mine), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert torch.equal(mine, other), name
 
@@ -76,6 +79,39 @@ def test_head_knows_scaled_and_capped_logits(settings: dict[str, object], field:
     assert head.plain_weight is None and getattr(head, field) not in (None, 1.0)
     hidden = model.base_model(input_ids=IDS).last_hidden_state[0]
     torch.testing.assert_close(head(hidden), model(IDS).logits[0], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_part_of_a_parameter_is_read_alone(base: Path) -> None:
+    """As a rank reads its shard: the first axis of every parameter, experts too."""
+    model = load_model(base)
+    origins = convert.find_origins(model, weight_map(base))
+    for name, parameter in model.named_parameters():
+        part = convert.read_rows(origins[name], model, torch.float32, 1, 3)
+        assert torch.equal(part, parameter[1:3]), name
+
+
+@torch.no_grad()
+def test_reverted_parameters_are_the_checkpoint(base: Path) -> None:
+    model = load_model(base)
+    saved = {key: safe_open(file, "pt").get_tensor(key) for key, file in weight_map(base).items()}
+    found = dict(convert.revert(model, model.named_parameters()))
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[key], saved[key]) for key in saved)
+    shapes = {
+        key: value.shape
+        for key, value in convert.revert(model, ((n, p.to("meta")) for n, p in model.named_parameters()))
+    }
+    assert shapes == {key: value.shape for key, value in saved.items()}
+
+
+def test_an_incomplete_stack_of_experts_is_one_line(tmp_path: Path) -> None:
+    folder = tiny.tiny_base(tmp_path, "mixtral")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.block_sparse_moe.experts.1.w1.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"experts.gate_up_proj` cannot be made of 7 tensors"):
+        load_model(folder)
 
 
 def test_identity_follows_weights_and_not_the_path(tiny_base: Path, tmp_path: Path) -> None:
