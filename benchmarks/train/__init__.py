@@ -1,0 +1,1 @@
+"""The train plane against TRL, PEFT and the machine's own matrix product."""

@@ -1,0 +1,128 @@
+"""One arm of a comparison, alone in its process: `python -m benchmarks.train.arm '<spec as JSON>'`.
+
+An arm waits for a line on its standard input, takes one optimiser step, and answers with a line of JSON: the arms
+of one comparison are interleaved step by step, each with its own memory and threads. Everything that a library
+prints goes to standard error.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Pause = Callable[[dict[str, Any]], None]
+
+
+class Lines:
+    """The talk with the driver: `pause(record)` answers for a step and waits for the next."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        self._baseline = 0
+        self._start = (0.0, 0.0)
+
+    def ready(self) -> None:
+        """Everything is imported: what is held from now on counts as memory; waits for the first step."""
+        self._baseline = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        self._say({"ready": True})
+
+    def pause(self, record: dict[str, Any]) -> None:
+        """Tell what the step took and wait."""
+        wall_s, cpu_s = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
+        peak = _status("VmHWM") - self._baseline
+        self._say({**record, "wall_s": wall_s, "cpu_s": cpu_s, "peak_bytes": peak})
+
+    def _say(self, answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), file=self._out, flush=True)
+        if not sys.stdin.readline():
+            os._exit(0)  # the driver has seen enough
+        self._start = (time.perf_counter(), time.process_time())
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def ours(spec: dict[str, Any], lines: Lines) -> None:
+    """The product: `ftray.train.worker.train` with its feed, trackers and checks."""
+    import shutil
+
+    import torch.distributed as dist
+
+    from benchmarks.train.setup import make_recipe
+    from ftray.train.io import LocalIO
+    from ftray.train.worker import train
+
+    folder = Path(spec["folder"])
+    if "rank" in spec:
+        os.environ |= {
+            "GLOO_SOCKET_IFNAME": "lo",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(spec["port"]),
+        }
+        dist.init_process_group("gloo", rank=spec["rank"], world_size=spec["world"])
+    recipe = make_recipe(folder, spec["length"], **spec.get("changes", {}))
+    run_dir = folder / "runs" / f"{spec['name']}-{os.getpid()}"
+    lines.ready()
+    try:
+        train(recipe, _Paused(run_dir, lines.pause) if "rank" in spec else LocalIO(run_dir, lines.pause))
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def _Paused(run_dir: Path, pause: Pause) -> Any:
+    """Every rank pauses, also one that opens no tracker."""
+    from ftray.train.io import LocalIO
+
+    class Paused(LocalIO):
+        def log(self, record: dict[str, Any]) -> None:
+            super().log(record)
+            pause(record)
+
+    return Paused(run_dir)
+
+
+def trl(spec: dict[str, Any], lines: Lines) -> None:
+    """TRL's trainer on the same rows."""
+    from benchmarks.train.trl_arm import run
+
+    run(spec, lines)
+
+
+def peak(spec: dict[str, Any], lines: Lines) -> None:
+    """The machine's matrix product: one step is the best of a few square and tall shapes."""
+    import torch
+
+    lines.ready()
+    dtype = getattr(torch, spec["dtype"])
+    shapes = [(1024, 1024, 1024), (2048, 2048, 2048), (4096, 512, 1344), (4096, 1344, 512)]
+    pairs = [(torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)) for m, k, n in shapes]
+    while True:
+        best = 0.0
+        for left, right in pairs * 5:
+            start = time.process_time()
+            torch.nn.functional.linear(left, right)
+            taken = time.process_time() - start
+            best = max(best, 2 * left.shape[0] * left.shape[1] * right.shape[0] / taken)
+        lines.pause({"flops_per_cpu_s": best})
+
+
+def main() -> None:
+    """Run the arm that the specification names."""
+    spec = json.loads(sys.argv[1])
+    import torch
+
+    torch.set_num_threads(spec["threads"])
+    {"ours": ours, "trl": trl, "peak": peak}[spec["arm"]](spec, Lines())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The comparisons, each a function from the set-up to named figures."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train.driver import Record, interleave, median, ratio
+from benchmarks.train.setup import make_recipe, packed_rows, prepare_folder, step_flops
+
+Figures = dict[str, Any]
+PARAMETERS = 25_500_000
+_LOSS_TOLERANCE = 0.03  # of bf16 losses near 9, after a few steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run of the benchmark measures with."""
+
+    folder: Path
+    steps: int
+    lengths: tuple[int, ...]
+    threads: tuple[int, ...]
+    batches: tuple[int, ...]
+
+    def prepare(self) -> None:
+        """Texts, tokenizer, model and shards."""
+        prepare_folder(self.folder)
+
+    @property
+    def log(self) -> Path:
+        """Where the arms' own output goes."""
+        return self.folder / "arms.log"
+
+    def ours(self, length: int, threads: int, name: str = "ours", **changes: Any) -> Figures:
+        """Specification of one of our arms."""
+        return self._spec("ours", length, threads, name) | {"changes": changes}
+
+    def trl(
+        self, length: int, threads: int, name: str, *, batch: int, packing: bool, bf16: bool = True
+    ) -> Figures:
+        """Specification of a TRL arm: without packing all defaults, with packing no activation checkpointing."""
+        settings = {"batch": batch, "packing": packing, "checkpointing": not packing, "bf16": bf16}
+        return self._spec("trl", length, threads, name) | settings
+
+    def peak(self, threads: int, dtype: str) -> Figures:
+        """Specification of the matrix product."""
+        return self._spec("peak", 0, threads, f"peak_{dtype}") | {"dtype": dtype}
+
+    def _spec(self, arm: str, length: int, threads: int, name: str) -> Figures:
+        return {
+            "arm": arm,
+            "name": name,
+            "folder": str(self.folder),
+            "length": length,
+            "threads": threads,
+            "steps": self.steps + 1,
+        }
+
+
+def _trl_best(setup: Setup, length: int) -> int:
+    """TRL's fastest number of packed rows in a forward pass."""
+    specs = [
+        setup.trl(length, 1, f"{batch}", batch=batch, packing=True)
+        for batch in setup.batches
+        if batch * length <= 4096
+    ]
+    costs = {}
+    for spec in specs:  # one after another: how fast each is alone
+        records = interleave([spec], 3, setup.log)[spec["name"]]
+        costs[int(spec["name"])] = min(record["cpu_s"] for record in records[1:])
+    return min(costs, key=costs.__getitem__)
+
+
+def _agree(ours: list[Record], theirs: list[Record]) -> float:
+    """Largest difference of the losses. Raises AssertionError if they part."""
+    found = max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs, strict=True))
+    assert found < _LOSS_TOLERANCE, f"the loss curves part by {found:.4f}"
+    return found
+
+
+def versus_trl(setup: Setup) -> Figures:
+    """Full fine-tuning in bf16 beside TRL's defaults and its best packing."""
+    figures: Figures = {}
+    for length in setup.lengths:
+        best = _trl_best(setup, length)
+        for threads in setup.threads:
+            specs = [
+                setup.ours(length, threads),
+                setup.trl(length, threads, "trl_default", batch=8, packing=False),
+                setup.trl(length, threads, "trl_packing", batch=best, packing=True),
+                setup.peak(threads, "bfloat16"),
+            ]
+            found = interleave(specs, setup.steps, setup.log)
+            figures[f"seq{length}_{threads}t"] = _compared(setup, length, found) | {"trl_packing_batch": best}
+    return _summary(figures)
+
+
+def _compared(setup: Setup, length: int, found: dict[str, list[Record]]) -> Figures:
+    ours = found["ours"]
+    size = make_recipe(setup.folder, length).train.global_batch_size
+    rows = packed_rows(make_recipe(setup.folder, length), setup.steps)
+    flops = [step_flops(rows[i * size : (i + 1) * size], PARAMETERS) for i in range(setup.steps)]
+    tokens = [sum(len(row.input_ids) for row in rows[i * size : (i + 1) * size]) for i in range(setup.steps)]
+    rates = [record | {"rate": flop / record["cpu_s"]} for record, flop in zip(ours, flops, strict=True)]
+    peak = max(record["flops_per_cpu_s"] for record in found["peak_bfloat16"])
+    figures: Figures = {
+        "fraction_of_matmul_peak_bf16": round(median(rates, "rate") / peak, 3),
+        "peak_gflops_bf16": round(peak / 1e9),
+    }
+    for name in ("ours", "trl_default", "trl_packing"):
+        records = [
+            r | {"t": t / r["cpu_s"], "w": t / r["wall_s"]} for r, t in zip(found[name], tokens, strict=True)
+        ]
+        figures[f"{name}_tokens_per_cpu_s"] = round(median(records, "t"))
+        figures[f"{name}_tokens_per_s"] = round(median(records, "w"))
+        figures[f"{name}_peak_mb"] = round(records[-1]["peak_bytes"] / 2**20)
+        if name != "ours":
+            short = name.replace("packing", "packing_best")
+            figures[f"ratio_vs_{short}"] = round(ratio(ours, found[name], "cpu_s"), 3)
+            figures[f"wall_ratio_vs_{short}"] = round(ratio(ours, found[name], "wall_s"), 3)
+            figures[f"loss_difference_{name}"] = round(_agree(ours, found[name]), 5)
+    figures["memory_ratio_vs_trl_packing"] = round(
+        figures["ours_peak_mb"] / figures["trl_packing_peak_mb"], 3
+    )
+    return figures
+
+
+def _summary(figures: Figures) -> Figures:
+    """The figures of the first set-up under their bare names, all of them beside."""
+    first = next(iter(figures.values()))
+    bare = ("ratio_vs_trl_default", "ratio_vs_trl_packing_best", "memory_ratio_vs_trl_packing")
+    return {key: first[key] for key in (*bare, "fraction_of_matmul_peak_bf16")} | {"versus_trl": figures}
+
+
+def fp32(setup: Setup) -> Figures:
+    """Full fine-tuning in float32 against the machine's float32 matrix product."""
+    figures: Figures = {}
+    for length in setup.lengths:
+        specs = [setup.ours(length, 1, train={"bf16": False}), setup.peak(1, "float32")]
+        found = interleave(specs, setup.steps, setup.log)
+        recipe = make_recipe(setup.folder, length)
+        size, rows = recipe.train.global_batch_size, packed_rows(recipe, setup.steps)
+        flops = [step_flops(rows[i * size : (i + 1) * size], PARAMETERS) for i in range(setup.steps)]
+        peak = max(record["flops_per_cpu_s"] for record in found["peak_float32"])
+        rates = [r | {"rate": flop / r["cpu_s"]} for r, flop in zip(found["ours"], flops, strict=True)]
+        figures[f"seq{length}"] = round(median(rates, "rate") / peak, 3)
+        figures["peak_gflops"] = round(peak / 1e9)
+        assert math.isfinite(figures[f"seq{length}"])
+    first = f"seq{setup.lengths[0]}"
+    return {"fraction_of_matmul_peak_fp32": figures[first], "fp32": figures}
+
+
+ALL: dict[str, Callable[[Setup], Figures]] = {
+    "trl": versus_trl,
+    "fp32": fp32,
+}
