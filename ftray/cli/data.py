@@ -119,7 +119,8 @@ def show(
         )
     tok = tokeniser(spec.model.tokenizer)
     for document in islice(documents(Shards(folder)), rows):
-        out.rule(f"{len(document.token_ids)} tokens, {sum(document.is_target)} targets", align="left")
+        title = f"{document.side}: " if document.side else ""
+        out.rule(f"{title}{len(document.token_ids)} tokens, {sum(document.is_target)} targets", align="left")
         out.print(shown(document, tok, marks=out.color_system is None), soft_wrap=True)
 
 

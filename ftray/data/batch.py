@@ -28,6 +28,8 @@ class Batch:
     """Positions that start at 0 in every document, [1, N] int64."""
     cu_seq_lens: torch.Tensor
     """Where documents begin, and N at the end, [D + 1] int32."""
+    group_lens: torch.Tensor
+    """Documents of each group (2: a preference pair, chosen first), [G] int32; they sum to D."""
     row_ids: torch.Tensor
     """Indices of the rows in the data set, -1 for padding rows, [R] int64."""
 
@@ -69,5 +71,6 @@ def collate(rows: Sequence[RowArrays], row_ids: Sequence[int] | npt.NDArray[np.i
         weights=torch.from_numpy(np.concatenate([row.weights for row in rows]))[None],
         position_ids=torch.from_numpy(positions)[None],
         cu_seq_lens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        group_lens=torch.from_numpy(np.concatenate([row.group_lens for row in rows])),
         row_ids=torch.as_tensor(np.asarray(row_ids, np.int64)),
     )

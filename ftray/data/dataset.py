@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ftray.core.errors import DataError
+from ftray.data.pairs import are_pairs
 from ftray.data.read import MANIFEST, window_name
 from ftray.data.store import Folder, Store
 from ftray.data.work import Outcome
@@ -65,6 +66,7 @@ class Dataset:
             "format_version": self.identity["format_version"],
             "digest": self.identity["digest"],
             "max_length": self.identity["max_length"],
+            "pairs": are_pairs(counts, self.folder),
             "counts": counts,
             "shards": list(shards),
         }
@@ -91,9 +93,11 @@ class Dataset:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         shards = [entry for outcome in outcomes for entry in self.entries(outcome)]
         stamps = self._stamps(shards)
+        counts = counts_of(outcomes, self.identity["max_length"])
         content = {
             **self.identity,
-            "counts": counts_of(outcomes, self.identity["max_length"]),
+            "pairs": are_pairs(counts, ", ".join(source["file"] for source in self.identity["sources"][:3])),
+            "counts": counts,
             "source_counts": self._by_source(outcomes),
             "shards": shards,
         }
@@ -174,6 +178,7 @@ def counts_of(outcomes: Sequence[Outcome], max_length: int) -> dict[str, Any]:
     counts = {
         "rows": sum(outcome.rows for outcome in outcomes),
         "documents": documents,
+        "pairs": sum(outcome.pairs for outcome in outcomes),
         "split_documents": split,
         "split_documents_fraction": split / max(1, documents),
         "truncated_documents": sum(outcome.truncated for outcome in outcomes),

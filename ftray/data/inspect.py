@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ftray.core.types import Progress, no_progress
+from ftray.data.pairs import SIDES
 from ftray.data.read import IGNORE_INDEX, Shards
 from ftray.data.rows import BadRow
 from ftray.data.source import Records, SampleBy, find_sources, parse_record, split_units
@@ -86,6 +87,8 @@ class Document:
     """Which of them the model learns to produce."""
     weights: list[float]
     """Weight of each in the loss."""
+    side: str = ""
+    """`chosen` or `rejected` in a preference pair."""
 
 
 def documents(shards: Shards) -> Iterator[Document]:
@@ -94,5 +97,6 @@ def documents(shards: Shards) -> Iterator[Document]:
         row = shards.row(index)
         cuts = np.cumsum(row.doc_lens)[:-1]
         columns = (np.split(column, cuts) for column in (row.input_ids, row.labels, row.weights))
-        for ids, labels, weights in zip(*columns, strict=True):
-            yield Document(ids.tolist(), (labels != IGNORE_INDEX).tolist(), weights.tolist())
+        places = [side for size in row.group_lens for side in (SIDES if size == len(SIDES) else ("",))]
+        for side, ids, labels, weights in zip(places, *columns, strict=True):
+            yield Document(ids.tolist(), (labels != IGNORE_INDEX).tolist(), weights.tolist(), side)

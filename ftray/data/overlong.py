@@ -2,9 +2,13 @@
 
 `split` keeps every target. `truncate_left` keeps the end of a document and never part of a reply: a cut inside
 one drops that reply whole, and a document whose last reply does not fit is filtered out.
+
+The documents of a group (a preference pair) share one row. They are never split, and `truncate_left` takes the same
+number of tokens from the context of each, so that they still have it in common.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +21,7 @@ from ftray.data.tokenise import Tokenised
 
 Overlong = Literal["split", "reject", "truncate_left"]
 Labels = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,14 @@ class Fitted:
     """Rows cut at the left."""
     filtered: Counter[str] = field(default_factory=Counter)
     """Rows filtered out, by rule; a row goes with all its documents."""
+    groups: Ints | None = None
+    """How many pieces belong together, as `pack` takes them."""
 
 
 def fit(found: Tokenised, capacity: int, policy: Overlong) -> Fitted:
-    """Apply a policy to the documents of more than `capacity` tokens."""
+    """Apply a policy to the documents (and groups) of more than `capacity` tokens."""
+    if found.groups is not None:
+        return _fit_groups(found, found.groups, capacity, policy)
     documents, row_of = found.documents, found.row_of
     long = documents.lens > capacity
     long_rows, rows = np.unique(row_of[long]), len(np.unique(row_of))
@@ -60,6 +69,37 @@ def fit(found: Tokenised, capacity: int, policy: Overlong) -> Fitted:
         truncated=len(np.setdiff1d(long_rows, lost)),
         filtered=Counter({rule: len(lost)} if len(lost) else {}),
     )
+
+
+def _fit_groups(found: Tokenised, groups: Ints, capacity: int, policy: Overlong) -> Fitted:
+    every = whole(found.documents)
+    firsts, of_piece = np.cumsum(groups) - groups, np.repeat(np.arange(len(groups)), groups)
+    excess = np.maximum(0, np.bincount(of_piece, every.lens, len(groups)).astype(np.int64) - capacity)
+    cuts, rule = np.zeros_like(groups), "overlong"
+    stay = excess == 0
+    if policy == "truncate_left":
+        cuts, rule = -(-excess // groups), "overlong_reply"
+        # One token of the context stays: the first of the reply is predicted from it.
+        stay = cuts < np.array(
+            [min(_contexts(found, every, *ends)) for ends in zip(firsts, groups, strict=True)]
+        )
+    lost = np.unique(found.row_of[firsts[~stay]])
+    stay = ~np.isin(found.row_of[firsts], lost)
+    kept = stay[of_piece]
+    return Fitted(
+        Pieces((every.starts + cuts[of_piece])[kept], (every.lens - cuts[of_piece])[kept]),
+        len(np.setdiff1d(found.row_of, lost)),
+        truncated=int((stay & (cuts > 0)).sum()),
+        filtered=Counter({rule: len(lost)} if len(lost) else {}),
+        groups=groups[stay],
+    )
+
+
+def _contexts(found: Tokenised, every: Pieces, first: int, size: int) -> Iterator[int]:
+    """Tokens before the first target of each document of a group."""
+    for index in range(first, first + size):
+        labels = found.documents.labels[every.starts[index] :]
+        yield int(np.argmax(labels != IGNORE_INDEX))
 
 
 def _first_context(labels: Labels) -> int:

@@ -37,6 +37,10 @@ class Packed:
     """Pieces in each row, [R]."""
     tokens_per_row: Ints
     """Tokens in each row, [R]."""
+    group_lens: Ints
+    """Pieces of each group, in the order of the rows, [G]."""
+    groups_per_row: Ints
+    """Groups in each row, [R]."""
 
 
 def whole(documents: Documents) -> Pieces:
@@ -126,4 +130,6 @@ def pack(
         Documents(documents.input_ids[source], labels, weights, lens),
         np.bincount(row_of, minlength=num_rows),
         np.bincount(row_of, weights=pieces.lens, minlength=num_rows).astype(np.int64),
+        sizes[np.argsort(group_rows, kind="stable")],
+        np.bincount(group_rows, minlength=num_rows),
     )

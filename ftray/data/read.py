@@ -18,7 +18,7 @@ from ftray.core.fs import verify_tree
 from ftray.data.cache import NodeCache
 from ftray.data.store import Folder, is_url, open_store, split_folder
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 IGNORE_INDEX = -100
 """Label of a token that is not a target (the value PyTorch's cross-entropy ignores)."""
@@ -35,6 +35,8 @@ class RowArrays(NamedTuple):
     """Weight of each target in the loss, 0 where there is none, [N]."""
     doc_lens: npt.NDArray[np.int32]
     """Tokens of each document, in order, [D]; they sum to N."""
+    group_lens: npt.NDArray[np.int32]
+    """Documents of each group (2: a preference pair), in order, [G]; they sum to D."""
 
 
 @functools.cache
@@ -45,6 +47,7 @@ def padding_row() -> RowArrays:
         labels=np.full(1, IGNORE_INDEX, np.int32),
         weights=np.zeros(1, np.float32),
         doc_lens=np.ones(1, np.int32),
+        group_lens=np.ones(1, np.int32),
     )
 
 
@@ -56,15 +59,22 @@ class _Shard:
             batch = pa.ipc.open_file(source).get_batch(0)
         self.offsets = _offsets(batch, "input_ids")
         self.doc_offsets = _offsets(batch, "doc_lens")
-        self.input_ids, self.labels, self.weights, self.doc_lens = (
-            batch.column(name).values.to_numpy() for name in ("input_ids", "labels", "weights", "doc_lens")
+        self.group_offsets = _offsets(batch, "group_lens")
+        self.input_ids, self.labels, self.weights, self.doc_lens, self.group_lens = (
+            batch.column(name).values.to_numpy()
+            for name in ("input_ids", "labels", "weights", "doc_lens", "group_lens")
         )
 
     def row(self, index: int) -> RowArrays:
         tokens = slice(self.offsets[index], self.offsets[index + 1])
         docs = slice(self.doc_offsets[index], self.doc_offsets[index + 1])
+        groups = slice(self.group_offsets[index], self.group_offsets[index + 1])
         return RowArrays(
-            self.input_ids[tokens], self.labels[tokens], self.weights[tokens], self.doc_lens[docs]
+            self.input_ids[tokens],
+            self.labels[tokens],
+            self.weights[tokens],
+            self.doc_lens[docs],
+            self.group_lens[groups],
         )
 
 

@@ -66,31 +66,56 @@ def _prompt(value: Value, *, chat: bool = False) -> list[Span]:
 
 def _preference(value: Value) -> list[Span]:
     chosen, rejected = value["chosen"], value["rejected"]
-    chat = isinstance(chosen, list) and isinstance(rejected, list)
-    prompt = _prompt(value, chat=chat) if value.get("prompt") is not None else None
-    if chat:
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-            shared += 1
-        # Both conversations may be written out from their start; what they share is then the prompt.
-        if prompt is None or shared:
-            common = read_messages(chosen[:shared], "chosen", learn=False) if shared else []
-            prompt = common if prompt is None or len(common) >= len(prompt) else [*prompt, *common]
-        return [*prompt, *_answer(chosen[shared:], "chosen"), *_answer(rejected[shared:], "rejected")]
-    if prompt is None:
-        raise BadRow("`chosen` and `rejected` are texts, and there is no `prompt`")
-    texts = [Span(kind, text_of(value, kind), True) for kind in ("chosen", "rejected")]
-    return [*prompt, *texts]
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        return _chat_pair(value, chosen, rejected)
+    texts, shared = [text_of(value, kind) for kind in ("chosen", "rejected")], 0
+    if value.get("prompt") is not None:
+        prompt = _prompt(value)
+    elif shared := _shared(*texts):
+        prompt = [Span("prompt", texts[0][:shared], False)]
+    else:
+        raise BadRow("`chosen` and `rejected` have no beginning in common, and there is no `prompt`")
+    answers = zip(("chosen", "rejected"), texts, strict=True)
+    return [*prompt, *(Span(kind, text[shared:], True) for kind, text in answers)]
+
+
+def _chat_pair(value: Value, chosen: list[Any], rejected: list[Any]) -> list[Span]:
+    prompt: list[Span] = []
+    if value.get("prompt") is not None:
+        prompt = [span for span in _prompt(value, chat=True) if span.kind != TOOLS]
+    # Both conversations may be written out from their start; what they share is then the prompt. Answers that
+    # follow a prompt may begin alike, which does not make it longer.
+    repeats = not prompt or (
+        bool(chosen) and isinstance(chosen[0], dict) and chosen[0].get("role") != "assistant"
+    )
+    shared = _shared(chosen, rejected) if repeats else 0
+    if shared:
+        common = read_messages(chosen[:shared], "chosen", learn=False)
+        prompt = common if len(common) >= len(prompt) else [*prompt, *common]
+    if not prompt:
+        raise BadRow("`chosen` and `rejected` have no message in common, and there is no `prompt`")
+    answers = [*_answer(chosen[shared:], "chosen"), *_answer(rejected[shared:], "rejected")]
+    return [*tools_span(value.get(TOOLS)), *prompt, *answers]
+
+
+def _shared(chosen: Any, rejected: Any) -> int:
+    """Length of the common beginning, a prompt that is not written apart; as TRL's `extract_prompt`."""
+    longest = min(len(chosen), len(rejected)) - 1
+    for index in range(longest + 1):
+        if chosen[index] != rejected[index]:
+            # A space before the first difference belongs to the answers.
+            return index - (index > 0 and chosen[index - 1] == " ")
+    return max(0, longest)
 
 
 def _answer(messages: list[Any], kind: str) -> list[Span]:
-    """The one message that ends a conversation, as a span of a kind."""
-    if len(messages) != 1:
-        raise BadRow(f"`{kind}` has not one message after the prompt")
+    """What follows the prompt of a conversation, its first message as a span of a kind."""
     spans = read_messages(messages, kind)
-    if spans[0].kind != "assistant" or len(spans) != 1:
-        raise BadRow(f"`{kind}` does not end with an assistant message of plain text")
-    return [replace(spans[0], kind=kind)]
+    if spans[0].kind != "assistant":
+        raise BadRow(f"`{kind}` does not go on with an assistant message after the prompt")
+    if not any(span.target for span in spans):
+        raise BadRow(f"`{kind}` has no text to learn")
+    return [replace(spans[0], kind=kind), *spans[1:]]
 
 
 def _labelled(value: Value) -> list[Span]:

@@ -17,6 +17,7 @@ SHARD_SCHEMA = pa.schema(
         ("labels", pa.list_(pa.int32())),
         ("weights", pa.list_(pa.float32())),
         ("doc_lens", pa.list_(pa.int32())),
+        ("group_lens", pa.list_(pa.int32())),
         ("row_id", pa.int64()),
     ]
 )
@@ -32,6 +33,9 @@ def write_shard(packed: Packed, path: Path) -> dict[str, Any]:
         pa.ListArray.from_arrays(tokens, pa.array(documents.labels)),
         pa.ListArray.from_arrays(tokens, pa.array(documents.weights)),
         pa.ListArray.from_arrays(_offsets(packed.docs_per_row), pa.array(documents.lens.astype(np.int32))),
+        pa.ListArray.from_arrays(
+            _offsets(packed.groups_per_row), pa.array(packed.group_lens.astype(np.int32))
+        ),
         pa.array(np.arange(rows)),
     ]
     batch = pa.record_batch(columns, schema=SHARD_SCHEMA)

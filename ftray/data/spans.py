@@ -22,7 +22,8 @@ class Span:
     """What it is.
 
     `text`, `prompt` or `completion`; the role of a message, which spans of `MESSAGE_FIELDS` follow (`tool_calls` as
-    JSON); `tools` (JSON), before the messages; `chosen` and `rejected`; `desirable` or `undesirable`.
+    JSON); `tools` (JSON), before the messages; `chosen` and `rejected`, or `desirable` or `undesirable` (in a
+    conversation: the assistant message that the answer begins with).
     """
     text: str
     """The characters."""

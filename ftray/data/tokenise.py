@@ -18,9 +18,10 @@ import pyarrow as pa
 from ftray.core.errors import DataError
 from ftray.core.fs import digest_bytes, digest_json
 from ftray.data.chat import ChatTemplate, Segment
+from ftray.data.pairs import sides
 from ftray.data.read import IGNORE_INDEX
 from ftray.data.rows import BadRow, Row, Span
-from ftray.data.spans import PAIR
+from ftray.data.spans import LABELLED, PAIR
 
 __all__ = ["Documents", "Segment", "Tokenised", "Tokeniser", "tokenise", "tokeniser"]
 
@@ -51,6 +52,8 @@ class Tokenised(NamedTuple):
     """(row index, reason) of each row that gives no target token."""
     row_of: npt.NDArray[np.int64]
     """The row each document comes from, [D]; a conversation may give several."""
+    groups: npt.NDArray[np.int64] | None = None
+    """Documents of each group (2: a preference pair), in order; None: each document by itself."""
 
 
 def chat_template_hash(tokenizer: Any) -> str:
@@ -100,21 +103,30 @@ class Tokeniser:
 
     def documents(self, row: Row) -> list[list[Segment]]:
         """A row as documents of segments. Raises `BadRow` if the chat template refuses it."""
-        if row.is_group:
-            answer = "chosen" if row.shape == PAIR else "completion"
+        if row.shape == LABELLED:
             raise DataError(
-                f"data: rows of the shape {row.shape} hold answers to compare or judge, which the objectives `lm` "
-                f"and `sft` cannot; to learn one, set `columns: {{prompt: prompt, completion: {answer}}}`"
+                f"data: rows of the shape {LABELLED} hold answers to judge, which no objective here does; to learn "
+                "them all, set `columns: {prompt: prompt, completion: completion}`"
             )
+        if row.shape == PAIR:
+            return self._pair(row)
         if row.is_chat:
             return self.chat.documents(row.spans)
         *context, last = (Segment(span.text, span.weight if span.target else 0.0) for span in row.spans)
-        parts = [*context, Segment(last.text, last.weight, after=self._eos)]
+        # A text that is rendered already may end with the token that ends it.
+        after = () if last.text.endswith(self.hf.eos_token) else self._eos
+        parts = [*context, Segment(last.text, last.weight, after=after)]
         return [[Segment(parts[0].text, parts[0].weight, self._bos, parts[0].after), *parts[1:]]]
 
+    def _pair(self, row: Row) -> list[list[Segment]]:
+        chosen, rejected = (self.documents(side) for side in sides(row))
+        if len(chosen) != 1 or len(rejected) != 1:
+            raise BadRow("the chat template rewrites earlier turns of `chosen` or `rejected`")
+        return [*chosen, *rejected]
+
     def segments(self, row: Row) -> list[Segment]:
-        """The document of a row's last answer, which is the last segment. Raises as `documents`."""
-        return self.documents(row)[-1]
+        """The document of a row's last (or chosen) answer, which is the last segment. Raises as `documents`."""
+        return self.documents(row)[0 if row.shape == PAIR else -1]
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Tokens before the answer to some messages (`role`, `content`), as training has them.
@@ -182,6 +194,7 @@ def tokenise(rows: pa.Table, tok: Tokeniser) -> Tokenised:
     documents: list[list[Segment]] = []
     bad: list[tuple[int, str]] = []
     row_of: list[int] = []
+    pairs: list[int] = []
     for index, row in enumerate(_rows(rows)):
         try:
             found = tok.documents(row)
@@ -190,14 +203,24 @@ def tokenise(rows: pa.Table, tok: Tokeniser) -> Tokenised:
             continue
         documents.extend(found)
         row_of.extend([index] * len(found))
-    kept, kept_rows = [], []
-    for index, parts, ids in zip(row_of, documents, tok.encode(documents), strict=True):
-        document = _document(parts, ids)
-        if (document.labels != IGNORE_INDEX).any():
-            kept.append(document)
-            kept_rows.append(index)
-    bad += [(index, "no target token") for index in sorted(set(row_of) - set(kept_rows))]
-    return Tokenised(_join(kept), sorted(bad), np.array(kept_rows, np.int64))
+        pairs.extend([index] * (row.shape == PAIR))
+    made = [_document(parts, ids) for parts, ids in zip(documents, tok.encode(documents), strict=True)]
+    of = np.array(row_of, np.int64)
+    stays = np.array([(document.labels != IGNORE_INDEX).any() for document in made], np.bool_)
+    if pairs:  # none without the other
+        stays &= ~np.isin(of, np.intersect1d(pairs, of[~stays]))
+    kept = of[stays]
+    bad += [(index, "no target token") for index in np.setdiff1d(of, kept).tolist()]
+    found_documents = _join(document for document, stay in zip(made, stays, strict=True) if stay)
+    return Tokenised(found_documents, sorted(bad), kept, _group_sizes(kept, pairs) if pairs else None)
+
+
+def _group_sizes(row_of: npt.NDArray[np.int64], pairs: list[int]) -> npt.NDArray[np.int64]:
+    """Documents of each group: a pair's belong together, any other stands by itself."""
+    begins = ~np.isin(row_of, pairs)
+    begins[:1] = True
+    begins[1:] |= row_of[1:] != row_of[:-1]
+    return np.diff(np.flatnonzero(begins), append=len(row_of))
 
 
 def _rows(table: pa.Table) -> Iterator[Row]:

@@ -34,6 +34,7 @@ _REMEMBERED = (
     "lines",
     "rows",
     "documents",
+    "pairs",
     "split",
     "truncated",
     "filtered",

@@ -66,6 +66,8 @@ class Outcome:
     """Rows read (lines that are not blank)."""
     documents: int = 0
     """Rows that became documents."""
+    pairs: int = 0
+    """Those of them that are preference rows, of two documents each."""
     split: int = 0
     """Rows cut into pieces because they are longer than a row of training."""
     truncated: int = 0
@@ -127,7 +129,11 @@ def _finish(plan: Plan, outcome: Outcome, found: Tokenised) -> None:
     outcome.filtered.update(fitted.filtered)
     if not np.any(fitted.pieces.lens):
         return
-    outcome.packed = pack(found.documents, fitted.pieces, plan.max_length, packing=plan.packing)
+    if fitted.groups is not None:
+        outcome.pairs = int((fitted.groups == 2).sum())
+    outcome.packed = pack(
+        found.documents, fitted.pieces, plan.max_length, packing=plan.packing, groups=fitted.groups
+    )
 
 
 def _quarantine(outcome: Outcome, offset: int, line: int, reason: str) -> None:

@@ -15,6 +15,7 @@ from ftray.data.read import Shards, counts_line
 from ftray.data.source import Records, Source, find_sources, split_units
 from ftray.model.build import build_structure
 from ftray.model.tokenizer import load_tokenizer
+from ftray.train.kind import check_rows
 
 _SAMPLE_BYTES = 256 << 10
 
@@ -68,13 +69,14 @@ def _check_source(recipe: Recipe, split: str, source: Source) -> str:
         if source.is_text:
             data = replace(data, "columns", {})
         try:
-            counts = Shards(prepare_local(data, recipe.model.tokenizer, "train")).manifest["counts"]
+            manifest = Shards(prepare_local(data, recipe.model.tokenizer, "train")).manifest
         except DataError as error:
             raise DataError(
                 _first_bad_row(Path(folder), file) or str(error).replace(str(sample), file)
             ) from None
+    check_rows(recipe.objective, [manifest])
     part = "all" if is_whole else f"the first {_SAMPLE_BYTES >> 10} KiB of rows"
-    return f"data.{split}: {file} ({part}): {counts_line(counts)}"
+    return f"data.{split}: {file} ({part}): {counts_line(manifest['counts'])}"
 
 
 def _write_sample(source: Source, columns: Mapping[str, str], sample: Path) -> bool:

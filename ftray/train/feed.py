@@ -66,6 +66,11 @@ class Feed:
         """What became of the training rows when they were prepared."""
         return dict(self.shards.manifest["counts"])
 
+    @property
+    def manifests(self) -> list[dict[str, Any]]:
+        """Of the training rows, and of the validation rows if there are any."""
+        return [shards.manifest for shards in (self.shards, self.validation) if shards is not None]
+
     def go_on(self, step: int, position: int) -> None:
         """Begin step `step` at a position of the order, whatever batch sizes came before."""
         offset = position - step * self.order.global_batch_size

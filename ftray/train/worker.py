@@ -17,6 +17,7 @@ from ftray.train.checkpoint import Checkpoints, State, run_identity
 from ftray.train.clock import Clock
 from ftray.train.feed import Feed
 from ftray.train.io import IO
+from ftray.train.kind import check_rows
 from ftray.train.run import Result, Run
 
 
@@ -83,6 +84,7 @@ def begin(recipe: Recipe, io: IO, start_from: Path | None, accept_changed_data: 
         micro_batch_size=settings.per_device_train_batch_size,
         seed=recipe.seed,
     )
+    check_rows(recipe.objective, feed.manifests)
     model = build_model(recipe)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = recipe.optim.build(parameters)

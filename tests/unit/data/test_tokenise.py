@@ -132,5 +132,5 @@ def test_a_row_whose_only_token_comes_first_has_no_target(tokenizer_folder: str)
     tok = Tokeniser(tokenizer_folder)
     tok._eos = ()
     table = to_table([(0, 0, Row("text", (Span("text", "a", True),)))])
-    documents, bad, _ = tokenise(table, tok)
+    documents, bad, *_ = tokenise(table, tok)
     assert len(documents.lens) == 0 and bad == [(0, "no target token")]

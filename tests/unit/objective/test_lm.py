@@ -32,6 +32,7 @@ def make_batch(lengths: tuple[int, ...] = (7, 12, 20), weighted: bool = True) ->
         weights=weights * (labels != -100),
         position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
         cu_seq_lens=torch.tensor(bounds, dtype=torch.int32),
+        group_lens=torch.ones(len(lengths), dtype=torch.int32),
         row_ids=torch.tensor([0]),
     )
 
