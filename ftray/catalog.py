@@ -22,8 +22,13 @@ METHODS: dict[str, dict[str, str]] = {
     "optim": {
         "adamw": "ftray.optim.adamw:AdamW",
         "muon": "ftray.optim.muon:Muon",
+        "torch": "ftray.optim.library:TorchOptimizer",
     },
     "lr_scheduler": {
+        # Names of transformers for the same; the last name of a class is the one that is written.
+        "constant_with_warmup": "ftray.optim.schedule:Constant",
+        "cosine_with_min_lr": "ftray.optim.schedule:Cosine",
+        "warmup_stable_decay": "ftray.optim.schedule:WarmupStableDecay",
         "constant": "ftray.optim.schedule:Constant",
         "linear": "ftray.optim.schedule:Linear",
         "cosine": "ftray.optim.schedule:Cosine",

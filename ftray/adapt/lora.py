@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -122,6 +122,9 @@ def _scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
 @spec
 class LoRA:
     """Low-rank adaptation of linear layers (Hu et al., arXiv:2106.09685)."""
+
+    # Factors are replicated under every strategy, whatever happens to the base.
+    supplies: ClassVar[tuple[str, ...]] = ("whole_matrices",)
 
     r: int = Field(default=16, ge=1)
     """Rank."""

@@ -1,16 +1,20 @@
 """Muon for the matrices, AdamW for the rest (Jordan et al., 2024, kellerjordan.github.io/posts/muon)."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 
 from ftray.core.spec import spec
+from ftray.optim.groups import ParamGroup, check_patterns, fuses, parameter_groups
 
 
 @spec
 class Muon:
     """Orthogonalised momentum on hidden 2-D weights; AdamW on embeddings, the head and vectors."""
+
+    needs: ClassVar[Mapping[str, str]] = {"whole_matrices": "orthogonalises whole matrices"}
 
     learning_rate: float = Field(default=0.02, gt=0)
     """Base learning rate of the matrices."""
@@ -24,25 +28,22 @@ class Muon:
     """AdamW's decay of the first moment."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     """AdamW's decay of the second moment."""
+    param_groups: list[ParamGroup] = Field(default_factory=list)
+    """Learning rates and decays by name pattern, of the matrices and of the rest."""
 
     def build(self, parameters: Mapping[str, torch.nn.Parameter]) -> list[torch.optim.Optimizer]:
         """Two optimisers; embeddings and heads are recognised by their names."""
-        matrices = [p for n, p in parameters.items() if p.ndim == 2 and not _is_table(n)]
-        rest = [p for n, p in parameters.items() if p.ndim != 2 or _is_table(n)]
+        check_patterns(list(parameters), self.param_groups)
+        matrices = {n: p for n, p in parameters.items() if p.ndim == 2 and not _is_table(n)}
+        rest = {n: p for n, p in parameters.items() if n not in matrices}
         optimizers: list[torch.optim.Optimizer] = []
         if matrices:
-            optimizers.append(
-                torch.optim.Muon(
-                    matrices, lr=self.learning_rate, weight_decay=self.weight_decay, momentum=self.momentum
-                )
-            )
+            groups = parameter_groups(matrices, self.learning_rate, self.weight_decay, self.param_groups)
+            optimizers.append(torch.optim.Muon(groups, momentum=self.momentum))
         if rest:
+            groups = parameter_groups(rest, self.adamw_learning_rate, 0.0, self.param_groups)
             betas = (self.adam_beta1, self.adam_beta2)
-            optimizers.append(
-                torch.optim.AdamW(
-                    rest, lr=self.adamw_learning_rate, betas=betas, weight_decay=0.0, fused=True
-                )
-            )
+            optimizers.append(torch.optim.AdamW(groups, betas=betas, fused=fuses(list(rest.values()))))
         return optimizers
 
 

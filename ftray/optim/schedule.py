@@ -1,11 +1,11 @@
-"""Learning rate over a run, as a factor of the base rate.
+"""Learning rate over a run, as a factor of the base rate; the numbers are those of `transformers.get_scheduler`.
 
 A schedule is a pure function of (step, progress): progress is the fraction of the run that is done, by steps or
 by the clock, whichever is further. It is never restored from a checkpoint.
 """
 
 import math
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pydantic import Field
 
@@ -25,18 +25,26 @@ class _Warmup:
     """Linear warm-up, then the shape of the subclass."""
 
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the rate rises linearly from near zero."""
+    """Steps over which the rate rises linearly; as in transformers, the first step has the lowest."""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the run over which it rises, if `warmup_steps` is 0."""
 
     def scale(self, step: int, progress: float) -> float:
-        """Warm-up times shape."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1) * self.shape(0.0)
-        if not self.warmup_steps and progress < self.warmup_ratio:
-            return max(progress / self.warmup_ratio, 1e-3) * self.shape(0.0)
-        start = 0.0 if self.warmup_steps else self.warmup_ratio
-        return self.shape(min(1.0, (progress - start) / (1.0 - start)))
+        """Warm-up, then the shape over the rest of the run."""
+        # A run's length in steps follows from where it stands; by the clock it is an estimate that gets better.
+        total = max(step + 1, round(step / progress)) if step and progress > 0 else None
+        warmup = self.warmup_steps
+        if not warmup and self.warmup_ratio:
+            warmup = 1 if total is None else math.ceil(total * self.warmup_ratio)
+        if step < warmup:
+            return self.rise(step / warmup)
+        if not warmup or total is None or step == 0:
+            return self.shape(min(1.0, progress))
+        return self.shape(min(1.0, (step - warmup) / max(1, total - warmup)))
+
+    def rise(self, done: float) -> float:
+        """Factor when the fraction `done` of the warm-up is over."""
+        return done
 
     def shape(self, done: float) -> float:
         """Factor when the fraction `done` of the run after warm-up is over."""
@@ -73,19 +81,32 @@ class Cosine(_Warmup):
 
     def shape(self, done: float) -> float:
         """Half a cosine."""
-        return self.min_ratio + (1.0 - self.min_ratio) * 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.min_ratio + (1.0 - self.min_ratio) * _half_cosine(done)
 
 
 @spec
 class WarmupStableDecay(_Warmup):
-    """Warm-up, a plateau, then a straight line down (Hu et al., arXiv:2404.06395)."""
+    """Warm-up, a plateau, then down to `min_ratio` (Hu et al., arXiv:2404.06395)."""
 
     decay_ratio: float = Field(default=0.2, gt=0, le=1)
-    """Fraction of the run, at its end, over which the rate falls."""
+    """Fraction of the run after warm-up, at its end, over which the rate falls."""
+    decay_type: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    """How it falls."""
     min_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Factor at the end."""
+    """Factor at the end, and where warm-up begins."""
+
+    def rise(self, done: float) -> float:
+        """From `min_ratio`."""
+        return self.min_ratio + (1.0 - self.min_ratio) * done
 
     def shape(self, done: float) -> float:
-        """Plateau, then a line."""
-        left = (1.0 - done) / self.decay_ratio
-        return 1.0 if left >= 1 else self.min_ratio + (1.0 - self.min_ratio) * left
+        """Plateau, then the fall."""
+        fallen = 1.0 - (1.0 - done) / self.decay_ratio
+        if fallen <= 0:
+            return 1.0
+        fall = {"linear": 1.0 - fallen, "cosine": _half_cosine(fallen), "1-sqrt": 1.0 - math.sqrt(fallen)}
+        return self.min_ratio + (1.0 - self.min_ratio) * fall[self.decay_type]
+
+
+def _half_cosine(done: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * done))

@@ -36,6 +36,11 @@ _HOUSEKEEPING = (
     "per_device_train_batch_size",
 )
 
+    "gradient_checkpointing",
+    "publish_ema",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "profile_steps",
 
 @dataclasses.dataclass(frozen=True)
 class State:
