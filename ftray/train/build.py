@@ -5,7 +5,7 @@ from typing import Any
 
 from ftray.config.recipe import Recipe
 from ftray.core.errors import ModelError
-from ftray.model.build import build_structure, load_weights, move_rest
+from ftray.model.build import build_structure, load_weights
 from ftray.model.folder import resolve_folder
 from ftray.optim.first_order import FirstOrder
 from ftray.train.checkpoint import State
@@ -18,21 +18,10 @@ def build_model(recipe: Recipe) -> Any:
     recipe.adapt.apply(model, recipe.seed)
     if recipe.train.gradient_checkpointing:
         checkpoint_layers(model)
-    model = recipe.strategy.prepare(model, bf16=surely_bf16(recipe))
-    device = recipe.strategy.device
+    model = recipe.strategy.prepare(model)
     if recipe.model.init == "pretrained":
         load_weights(model, resolve_folder(recipe.model.model_name_or_path))
     return model.train()
-
-
-def choose_precision(recipe: Recipe, engine: FirstOrder, feed: Feed, state: State) -> State:
-    """Set the engine's precision and keep it in the state.
-
-def surely_bf16(recipe: Recipe) -> bool:
-    """True if the run computes in bfloat16 before anything is timed: it is told to, or `auto` on a GPU."""
-    if recipe.train.bf16 == "auto":
-        return recipe.strategy.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return recipe.train.bf16
 
 
 def checkpoint_layers(model: Any) -> None:
@@ -43,6 +32,9 @@ def checkpoint_layers(model: Any) -> None:
         name = type(model).__name__
         raise ModelError(f"train.gradient_checkpointing: {name} does not support it; set it to false") from None
 
+
+def choose_precision(recipe: Recipe, engine: FirstOrder, feed: Feed, state: State) -> State:
+    """Set the engine's precision and keep it in the state.
 
     The recipe's word counts; with `auto`, what the run began with, else the faster of a few timed passes over the
     first batch (every rank takes part, rank 0 decides).
