@@ -153,6 +153,9 @@ def stats(
         shown = ", ".join(f"{title} {mark:,}" for title, mark in zip(titles, marks, strict=True))
         out.print(f"tokens per document: {shown}", highlight=False)
         out.print(f"repeated documents: {found.duplicates:,}", highlight=False)
+        for side, targets in found.targets_by_side.items():
+            marks = np.percentile(targets, [50, 90]).astype(int).tolist()
+            out.print(f"target tokens of {side}: median {marks[0]:,}, 90 % {marks[1]:,}", highlight=False)
         picture = plot_lengths(found, png or Path("." if is_url(folder) else folder) / "lengths.png")
         out.print(f"histogram: {picture}", highlight=False, soft_wrap=True)
 
@@ -191,7 +194,7 @@ def _print_counts(folder: Path | str) -> None:
     manifest = read_manifest(folder)
     counts = manifest["counts"]
     table = Table(box=None, show_header=False)
-    for name in ("rows", "documents", "split_documents", "packed_rows", "tokens", "targets"):
+    for name in ("rows", "documents", "pairs", "split_documents", "packed_rows", "tokens", "targets"):
         table.add_row(name.replace("_", " "), f"{counts[name]:,}")
     full = counts["tokens"] / max(1, counts["packed_rows"] * manifest["max_length"])
     table.add_row("rows filled", f"{full:.2%}")

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ftray.data.read import Shards
+from ftray.data.pairs import SIDES
+from ftray.data.read import IGNORE_INDEX, Shards
 from ftray.data.store import Folder
 
 
@@ -22,6 +23,8 @@ class Stats:
     """Documents whose tokens are those of an earlier one."""
     max_length: int
     """Tokens of a row of training."""
+    targets_by_side: dict[str, npt.NDArray[np.int64]]
+    """Target tokens of the chosen and of the rejected answers, if the rows are preference pairs."""
     sources: list[dict[str, Any]]
     """File and counts of each source."""
 
@@ -30,11 +33,14 @@ def measure(folder: Folder) -> Stats:
     """Read a prepared data set once. Raises `DataError` as `Shards`."""
     shards = Shards(folder)
     lens: list[npt.NDArray[np.int32]] = [np.zeros(0, np.int32)]
+    targets: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
     seen: set[bytes] = set()
     total = 0
     for index in range(len(shards)):
         row = shards.row(index)
         lens.append(row.doc_lens)
+        learnt = np.concatenate([[0], np.cumsum(row.labels != IGNORE_INDEX)])
+        targets.append(np.diff(learnt[np.concatenate([[0], np.cumsum(row.doc_lens)])]))
         for document in np.split(row.input_ids, np.cumsum(row.doc_lens)[:-1]):
             seen.add(xxhash.xxh3_128_digest(document.tobytes()))
             total += 1
@@ -43,8 +49,13 @@ def measure(folder: Folder) -> Stats:
         {"file": source["file"], **counts}
         for source, counts in zip(manifest["sources"], manifest["source_counts"], strict=True)
     ]
+    by_side = np.concatenate(targets).reshape(-1, len(SIDES)) if manifest["pairs"] else None
     return Stats(
-        np.concatenate(lens).astype(np.int64), total - len(seen), int(manifest["max_length"]), sources
+        np.concatenate(lens).astype(np.int64),
+        total - len(seen),
+        int(manifest["max_length"]),
+        {} if by_side is None else dict(zip(SIDES, by_side.T, strict=True)),
+        sources,
     )
 
 

@@ -92,3 +92,18 @@ def test_tokenizer(recipe: Path) -> None:
     assert (folder / "tokenizer.json").is_file()
     with pytest.raises(DataError, match="is there already"):
         run(*arguments)
+
+
+def test_pairs_are_shown_and_counted(recipe: Path) -> None:
+    pairs = [{"prompt": f"{i}:", "chosen": "yes" * (1 + i % 2), "rejected": "no"} for i in range(10)]
+    rows = recipe.parent / "pairs.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in pairs))
+    changes = [f"data.train={rows}", f"data.validation={rows}", "data.packing=false"]
+    shown = run("show", str(recipe), *changes, "--rows", "2")
+    assert "chosen: 6 tokens, 4 targets" in shown and "rejected: 5 tokens, 3 targets" in shown
+    prepared = run("prepare", str(recipe), *changes, "--local")
+    assert prepared.split()[prepared.split().index("pairs") + 1] == "10"
+    folders = sorted((recipe.parent / "cache").glob("train-*"))
+    stats = [run("stats", str(folder)) for folder in folders]
+    assert any("target tokens of chosen: median 5, 90 % 7" in text for text in stats)
+    assert any("target tokens of rejected: median 3, 90 % 3" in text for text in stats)
