@@ -16,7 +16,10 @@ METHODS: dict[str, dict[str, str]] = {
         "lora": "ftray.adapt.lora:LoRA",
     },
     "objective": {
+        "distill": "ftray.objective.distill:Distill",
+        "dpo": "ftray.objective.dpo:DPO",
         "lm": "ftray.objective.lm:LanguageModelling",
+        "reward": "ftray.objective.reward:Reward",
         "sft": "ftray.objective.lm:SupervisedFineTuning",
     },
     "optim": {

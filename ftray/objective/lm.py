@@ -7,11 +7,12 @@ import torch
 from ftray.core.spec import spec
 from ftray.data.batch import Batch
 from ftray.model.policy import Policy
+from ftray.objective.base import Objective
 from ftray.objective.logprob import target_weight, weighted_nll
 
 
 @spec
-class SupervisedFineTuning:
+class SupervisedFineTuning(Objective):
     """Negative log-likelihood of the target tokens, divided by the global sum of their weights."""
 
     def weights(self, batch: Batch) -> Mapping[str, float]:

@@ -14,7 +14,7 @@ import torch
 from ftray.data.batch import Batch
 from ftray.model.policy import Policy
 from ftray.model.precision import autocast
-from ftray.objective.base import Objective
+from ftray.objective.base import Objective, loss_of
 from ftray.strategy.base import Strategy
 
 
@@ -23,9 +23,9 @@ class StepReport:
     """What one optimiser step did, over all ranks."""
 
     loss: float
-    """Sum of the terms' means."""
+    """Sum of the means of the objective's terms."""
     terms: Mapping[str, float]
-    """Mean of each term."""
+    """Mean of each term, and of what the objective only logs."""
     grad_norm: float
     """Norm of the gradient before clipping."""
     applied: bool
@@ -77,7 +77,7 @@ class FirstOrder:
             sums += batch_sums
         sums = self.strategy.sum(sums)
         means = dict(zip(names, (sums / weights).tolist(), strict=True))
-        total = sum(means.values())
+        total = loss_of(self.objective, means)
         for optimizer, rates in zip(self.optimizers, self._base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * scale
@@ -133,7 +133,6 @@ class FirstOrder:
         with autocast(self.bf16, batch.input_ids.device.type):
             terms = self.objective.sums(self.policy, batch)
         parts = [terms[name].float() for name in names]
-        loss = torch.stack(
-            [part / weight for part, weight in zip(parts, weights.tolist(), strict=True)]
-        ).sum()
+        scaled = dict(zip(names, (p / w for p, w in zip(parts, weights.tolist(), strict=True)), strict=True))
+        loss = torch.stack([scaled[name] for name in names if name not in self.objective.metrics]).sum()
         return loss, torch.stack([part.detach().double().cpu() for part in parts])

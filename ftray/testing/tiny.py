@@ -90,7 +90,9 @@ def tiny_base(folder: Path, architecture: str = "llama", *, seed: int = 0, **ove
 
     byte_tokenizer(folder)
     settings = ARCHITECTURES[architecture] | overrides
-    config = AutoConfig.for_model(**settings, vocab_size=258, eos_token_id=0, pad_token_id=1, bos_token_id=0)
+    config = AutoConfig.for_model(
+        **{"vocab_size": 258, **settings}, eos_token_id=0, pad_token_id=1, bos_token_id=0
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
