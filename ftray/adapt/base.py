@@ -1,8 +1,14 @@
 """What an adaptation method is: it says what trains, and how that is saved as a delta."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+import torch
+
+Tensors = Iterable[tuple[str, torch.Tensor]]
+"""Named tensors that exist one at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +34,13 @@ class Adapt(Protocol):
         """Insert what the method needs and mark, by `requires_grad`, what trains."""
         ...
 
-    def save(self, model: Any, folder: Path, base_name: str) -> None:
-        """Write the trained delta in the format its readers know (PEFT, transformers)."""
+    def save(self, model: Any, trained: Tensors, folder: Path, base_name: str) -> None:
+        """Write the trained delta in the format its readers know (PEFT, transformers).
+
+        Args:
+            model: the structure; its own tensors may be shards.
+            trained: what trained by name, whole, in CPU memory, one tensor at a time; all of it is taken.
+            folder: where to.
+            base_name: how the recipe names the base.
+        """
         ...

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ftray.adapt.base import Facts
+from ftray.adapt.base import Facts, Tensors
 from ftray.core.spec import spec
 
 
@@ -23,9 +23,9 @@ class Full:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
 
-    def save(self, model: Any, folder: Path, base_name: str) -> None:
+    def save(self, model: Any, trained: Tensors, folder: Path, base_name: str) -> None:
         """Write configuration and weights as `save_pretrained` does."""
-        del base_name
+        del base_name, trained
         attention = model.config._attn_implementation
         # Our attention's name means nothing to plain transformers; the saved folder must load there.
         model.config._attn_implementation = "sdpa"

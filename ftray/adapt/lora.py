@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ftray.adapt.base import Facts
+from ftray.adapt.base import Facts, Tensors
 from ftray.adapt.peft_files import CONFIG, PREFIX, WEIGHTS, read_config, read_factors
 from ftray.adapt.route import Route
 from ftray.core.errors import DeltaError
@@ -159,13 +159,14 @@ class LoRA:
                 factor.copy_(torch.empty(factor.shape).uniform_(-bound, bound, generator=generator))
         route.active = TRAINED
 
-    def save(self, model: Any, folder: Path, base_name: str) -> None:
+    def save(self, model: Any, trained: Tensors, folder: Path, base_name: str) -> None:
         """Write the trained adapter in PEFT's format."""
         save_adapter(
             model,
             TRAINED,
             folder,
             base_name,
+            whole=dict(trained),
             r=self.r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
@@ -183,14 +184,19 @@ def save_adapter(
     lora_alpha: float,
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
+    whole: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write one named adapter as `adapter_config.json` + `adapter_model.safetensors` (plain PEFT loads it)."""
+    """Write one named adapter as `adapter_config.json` + `adapter_model.safetensors` (plain PEFT loads it).
+
+    `whole` has the factors by their names in the model where the model's own may be parts of them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     layers = {key: layer for key, layer in lora_layers(model).items() if name in layer.scaling}
     tensors = {}
     for key, layer in layers.items():
-        tensors[f"{PREFIX}{key}.lora_A.weight"] = layer.lora_A[name].detach().contiguous()
-        tensors[f"{PREFIX}{key}.lora_B.weight"] = layer.lora_B[name].detach().contiguous()
+        for side, factor in (("lora_A", layer.lora_A[name]), ("lora_B", layer.lora_B[name])):
+            tensor = (whole or {}).get(f"{key}.{side}.{name}", factor)
+            tensors[f"{PREFIX}{key}.{side}.weight"] = tensor.detach().contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",

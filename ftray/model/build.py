@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ftray.config.recipe import ModelConfig
 from ftray.core.errors import ModelError
@@ -84,8 +85,8 @@ def build_structure(
     return model
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Stream a folder's weights into a structure built by `build_structure`.
+def load_weights(model: nn.Module, folder: Path, device: torch.device | str = "cpu") -> None:
+    """Stream a folder's weights into a structure built by `build_structure`, onto a device.
 
     Raises:
         ModelError: if a weight is missing or has another shape.
@@ -100,7 +101,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             if name not in origins:
                 continue  # perhaps a tied alias seen before its source; what stays on meta is reported below
             tensor = _checked(read(origins[name], model, parameter.dtype), origins[name], parameter)
-            placed[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            placed[id(parameter)] = nn.Parameter(tensor.to(device), requires_grad=parameter.requires_grad)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) in placed:
             # Tied aliases get the same object again: a second tensor would part them in silence.
@@ -111,6 +112,13 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise ModelError(
             f"{folder}: no weights for `{missing[0]}` (and {len(missing) - 1} more); is it complete?"
         )
+
+
+def move_rest(model: nn.Module, device: torch.device) -> None:
+    """Move what was not streamed (buffers, an adapter's factors, random weights) to a device, in place."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device != device and not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(device)
 
 
 def load_model(folder: str | Path, *, dtype: str = "float32", attn: str = attention.NAME) -> Any:

@@ -5,10 +5,16 @@ can divide the world further without touching data order, loss counts or seeds.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+Parameters = Mapping[str, torch.nn.Parameter]
+"""What trains, by name."""
+Optimizers = Sequence[torch.optim.Optimizer]
+"""Built from the same parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +25,24 @@ class Update:
     """Norm of the whole gradient before clipping."""
     applied: bool
     """False if loss or gradient was not finite: then no parameter moved, on any rank."""
+
+
+class Snapshot(Protocol):
+    """This rank's part of the trainable state at one step; training may go on while it is written."""
+
+    layout: str
+    """Name of the files' format; a strategy restores the layouts it knows."""
+    rank: int
+    """Which of the writers this rank is; one that is not among them writes nothing."""
+    num_writers: int
+    """How many ranks write a part."""
+
+    def write(self, folder: Path) -> list[str]:
+        """Write this rank's files into a folder that all ranks share; returns their names.
+
+        It may run in a thread beside the training loop, so it holds no collective.
+        """
+        ...
 
 
 class Strategy(Protocol):
@@ -41,8 +65,13 @@ class Strategy(Protocol):
         """How many processes see different rows."""
         ...
 
-    def prepare(self, model: Any) -> Any:
-        """Spread a structure that is still on meta."""
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes: its own GPU if there is one, else the CPU."""
+        ...
+
+    def prepare(self, model: Any, *, bf16: bool) -> Any:
+        """Spread a structure that is still on meta; `bf16`: it will be computed in bfloat16 for certain."""
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -52,7 +81,7 @@ class Strategy(Protocol):
     def update(
         self,
         parameters: Sequence[torch.nn.Parameter],
-        optimizers: Sequence[torch.optim.Optimizer],
+        optimizers: Optimizers,
         max_grad_norm: float | None,
         *,
         sound: bool,
@@ -61,6 +90,27 @@ class Strategy(Protocol):
 
         Nothing moves if the gradient is not finite, or if `sound` is False because the loss is not.
         """
+        ...
+
+    def snapshot(self, parameters: Parameters, optimizers: Optimizers, *, copy: bool = True) -> Snapshot:
+        """This rank's part of parameters and optimiser state, in CPU memory. Called on every rank.
+
+        Without `copy` the tensors may be the live ones: it must be written before the next step.
+        """
+        ...
+
+    def restore(
+        self, folder: Path, manifest: Mapping[str, Any], parameters: Parameters, optimizers: Optimizers
+    ) -> None:
+        """Load the tensors of a committed checkpoint, of any world size where the strategy can.
+
+        Raises:
+            CheckpointError: naming the remedy, where it cannot.
+        """
+        ...
+
+    def full_parameters(self, parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
+        """The whole tensors in CPU memory, one at a time; every rank must iterate to the end."""
         ...
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:

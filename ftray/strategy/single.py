@@ -1,16 +1,18 @@
 """One process."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ftray.core.spec import spec
-from ftray.strategy.base import Update
+from ftray.strategy import pieces
+from ftray.strategy.base import Optimizers, Parameters
+from ftray.strategy.step import OwnStep
+from ftray.strategy.workers import local_device
 
 
 @spec
-class Single:
+class Single(OwnStep):
     """Everything in one process."""
 
     @property
@@ -33,24 +35,19 @@ class Single:
         """One."""
         return 1
 
-    def prepare(self, model: Any) -> Any:
+    @property
+    def device(self) -> torch.device:
+        """The first GPU if there is one, else the CPU."""
+        return local_device()
+
+    def prepare(self, model: Any, *, bf16: bool) -> Any:
         """Nothing to spread."""
+        del bf16
         return model
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Plain backward."""
-        loss.backward()
-
-    def update(
-        self,
-        parameters: Sequence[torch.nn.Parameter],
-        optimizers: Sequence[torch.optim.Optimizer],
-        max_grad_norm: float | None,
-        *,
-        sound: bool,
-    ) -> Update:
-        """Clip by the global norm and step, unless the gradient is not finite."""
-        return clip_and_step(parameters, optimizers, max_grad_norm, sound=sound)
+    def snapshot(self, parameters: Parameters, optimizers: Optimizers, *, copy: bool = True) -> pieces.Pieces:
+        """Everything, in one piece each."""
+        return pieces.take(parameters, optimizers, rank=self.dp_rank, num_writers=1, copy=copy)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The values themselves."""
@@ -62,28 +59,3 @@ class Single:
 
     def barrier(self) -> None:
         """Nobody to wait for."""
-
-
-def clip_and_step(
-    parameters: Sequence[torch.nn.Parameter],
-    optimizers: Sequence[torch.optim.Optimizer],
-    max_grad_norm: float | None,
-    *,
-    sound: bool,
-) -> Update:
-    """Clip reduced gradients by their global norm, step, and clear them.
-
-    Every rank holds the same reduced gradient, so all of them see the same norm and take the same decision: a
-    gradient that is not finite on one rank is not finite on any, and moves nothing.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    applied = sound and bool(torch.isfinite(norm))
-    if applied:
-        if max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-        for optimizer in optimizers:
-            optimizer.step()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    return Update(grad_norm=float(norm), applied=applied)

@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Any
 
+import torch
+
 from ftray.config.recipe import Recipe
 from ftray.core.errors import ModelError
-from ftray.model.build import build_structure, load_weights
+from ftray.model.build import build_structure, load_weights, move_rest
 from ftray.model.folder import resolve_folder
 from ftray.optim.first_order import FirstOrder
 from ftray.train.checkpoint import State
@@ -18,19 +20,30 @@ def build_model(recipe: Recipe) -> Any:
     recipe.adapt.apply(model, recipe.seed)
     if recipe.train.gradient_checkpointing:
         checkpoint_layers(model)
-    model = recipe.strategy.prepare(model)
+    model = recipe.strategy.prepare(model, bf16=surely_bf16(recipe))
+    device = recipe.strategy.device
     if recipe.model.init == "pretrained":
-        load_weights(model, resolve_folder(recipe.model.model_name_or_path))
+        load_weights(model, resolve_folder(recipe.model.model_name_or_path), device)
+    move_rest(model, device)
     return model.train()
+
+
+def surely_bf16(recipe: Recipe) -> bool:
+    """True if the run computes in bfloat16 before anything is timed: it is told to, or `auto` on a GPU."""
+    if recipe.train.bf16 == "auto":
+        return recipe.strategy.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return recipe.train.bf16
 
 
 def checkpoint_layers(model: Any) -> None:
     """Compute each layer again in the backward pass. Raises `ModelError` if the architecture has no such layers."""
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError:
         name = type(model).__name__
-        raise ModelError(f"train.gradient_checkpointing: {name} does not support it; set it to false") from None
+        raise ModelError(
+            f"train.gradient_checkpointing: {name} does not support it; set it to false"
+        ) from None
 
 
 def choose_precision(recipe: Recipe, engine: FirstOrder, feed: Feed, state: State) -> State:
@@ -40,6 +53,8 @@ def choose_precision(recipe: Recipe, engine: FirstOrder, feed: Feed, state: Stat
     first batch (every rank takes part, rank 0 decides).
     """
     bf16 = state.bf16 if recipe.train.bf16 == "auto" else recipe.train.bf16
+    if bf16 is None and surely_bf16(recipe):
+        bf16 = True
     if bf16 is None:
         batch = feed.batches(state.step)[0]
         bf16 = bool(recipe.strategy.share(engine.time_s(batch, True) < engine.time_s(batch, False)))

@@ -1,32 +1,34 @@
 """Checkpoints are transactions: a folder is there with everything its manifest names, or it is not there.
 
-    step-00000100/  trainable.safetensors  optimizer.safetensors  manifest.json
+    step-00000100/  trainable-0-of-2.safetensors  trainable-1-of-2.safetensors
+                    optimizer-0-of-2.safetensors  optimizer-1-of-2.safetensors
+                    rank-0.json  rank-1.json  manifest.json
+
+A step waits for the copy of the state to CPU memory and no longer. Each rank's thread writes its files and, last,
+`rank-<k>.json` with their digests; rank 0's thread waits for all of those, writes the manifest and renames the
+folder. The ranks meet on the file system only, never in a collective.
 
 The manifest holds the digest of every file, the data cursor (the step), the precision, and digests that say
 which run and which structure it belongs to. There is no generator state to save: the seeds of a step are a
-function of (seed, step, rank). Nothing is pickled.
+function of (seed, step, rank).
 """
 
-import contextlib
 import dataclasses
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from ftray.config.recipe import Recipe
 from ftray.core.errors import CheckpointError, FtrayError
-from ftray.core.fs import commit_dir, digest_json, digest_tree, read_json, verify_tree, write_json
+from ftray.core.fs import digest_json, read_json, verify_tree
 from ftray.core.spec import dump
 from ftray.model.identity import base_identity
-from ftray.optim.state import load_state_tensors, state_tensors
+from ftray.strategy.base import Optimizers, Parameters, Snapshot, Strategy
+from ftray.train.transaction import MANIFEST, Writer
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+FORMAT = 2
 # What changes when something is written or how a step is cut, but no number beyond rounding.
 _HOUSEKEEPING = (
     "eval_steps",
@@ -34,13 +36,13 @@ _HOUSEKEEPING = (
     "save_total_limit",
     "logging_steps",
     "per_device_train_batch_size",
-)
-
     "gradient_checkpointing",
     "publish_ema",
     "early_stopping_patience",
     "early_stopping_threshold",
     "profile_steps",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -106,36 +108,64 @@ class Checkpoints:
         folder: where they lie; made when needed.
         identity: `run_identity` of the run.
         keep: how many committed ones stay.
+        life: the same word on every rank, another one each time the run is started; what an earlier life may
+            still be writing is kept apart by it.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int) -> None:
-        self.folder, self.identity, self.keep = folder, dict(identity), keep
+    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int, life: str) -> None:
+        self.folder, self.identity, self.keep, self.life = folder, dict(identity), keep, life
+        self.durable: State | None = None
+        """State of the newest checkpoint this process knows to be committed; known on rank 0 only."""
+        self._last_step: int | None = None
+        self._writer: Writer | None = None
+        self._writing: State | None = None
 
-    def commit(
-        self,
-        state: State,
-        parameters: Mapping[str, torch.nn.Parameter],
-        optimizers: Sequence[torch.optim.Optimizer],
-        world: int,
-    ) -> Path:
-        """Write one checkpoint durably and drop the oldest beyond `keep`; returns its folder."""
-        final = self.folder / f"step-{state.step:08d}"
-        if not final.exists():
-            trainable = {name: parameter.detach().contiguous() for name, parameter in parameters.items()}
-            # A folder that appeared meanwhile holds the same step of the same run: then there is nothing to do.
-            with contextlib.suppress(FileExistsError), commit_dir(final) as tmp:
-                save_file(trainable, tmp / "trainable.safetensors")
-                save_file(state_tensors(parameters, optimizers), tmp / "optimizer.safetensors")
-                manifest = {
-                    "format": FORMAT,
-                    "state": dataclasses.asdict(state),
-                    "identity": self.identity,
-                    "world": world,
-                    "files": digest_tree(tmp),
-                }
-                write_json(tmp / MANIFEST, manifest)
-        self._prune()
-        return final
+    def path(self, step: int) -> Path:
+        """Folder of a step's checkpoint."""
+        return self.folder / f"step-{step:08d}"
+
+    def commit(self, state: State, snapshot: Snapshot, world: int, *, wait: bool = False) -> None:
+        """Begin to write one checkpoint; called on every rank.
+
+        At most one is being written: the one before is waited for. A step that was committed last is not
+        written again.
+
+        Args:
+            state: where the run stands.
+            snapshot: this rank's part of the trainable state at that step.
+            world: data-parallel ranks, for the manifest.
+            wait: return when this rank's part is durable; on rank 0, when the checkpoint is.
+
+        Raises:
+            CheckpointError: one line, if this one or the one before could not be written.
+        """
+        self.finish()
+        if state.step != self._last_step:
+            self._last_step, self._writing = state.step, state
+            manifest = {
+                "format": FORMAT,
+                "layout": snapshot.layout,
+                "state": dataclasses.asdict(state),
+                "identity": self.identity,
+                "world": world,
+            }
+            self._writer = Writer(snapshot, self.path(state.step), self.life, manifest, self._prune)
+            self._writer.start()
+        if wait:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint being written. Raises `CheckpointError` if it could not be written."""
+        if self._writer is None:
+            return
+        writer, self._writer = self._writer, None
+        writer.finish()
+        self.durable = self._writing
+
+    def close(self, wait_s: float = 30.0) -> None:
+        """At the end of a run that failed: let the checkpoint being written become whole, if it does soon."""
+        if self._writer is not None:
+            self._writer.join(wait_s)
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is whole; called on rank 0, which holds the run's lock.
@@ -159,16 +189,18 @@ class Checkpoints:
     def restore(
         self,
         path: Path,
-        parameters: Mapping[str, torch.nn.Parameter],
-        optimizers: Sequence[torch.optim.Optimizer],
+        strategy: Strategy,
+        parameters: Parameters,
+        optimizers: Optimizers,
         *,
         same_run: bool,
         accept_changed_data: bool = False,
     ) -> State:
-        """Load a checkpoint into parameters and optimisers.
+        """Load a checkpoint into parameters and optimisers; called on every rank.
 
         Args:
             path: a committed checkpoint.
+            strategy: reads this rank's part.
             parameters: what trains, by name.
             optimizers: built from the same parameters.
             same_run: the checkpoint must be of this very run; otherwise of the same structure and data.
@@ -179,15 +211,11 @@ class Checkpoints:
         """
         manifest = read_manifest(path)
         self._check_identity(path, manifest["identity"], same_run, accept_changed_data)
-        tensors = load_file(path / "trainable.safetensors")
-        if tensors.keys() != parameters.keys():
-            odd = sorted(tensors.keys() ^ parameters.keys())[0]
-            raise CheckpointError(f"{path}: `{odd}` is trained on one side only; the recipe is another one")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
-        load_state_tensors(parameters, optimizers, load_file(path / "optimizer.safetensors"))
-        return State(**manifest["state"])
+        strategy.restore(path, manifest, parameters, optimizers)
+        state = State(**manifest["state"])
+        if same_run:
+            self._last_step, self.durable = state.step, state
+        return state
 
     def _check_identity(
         self, path: Path, made_with: Mapping[str, Any], same_run: bool, accept_changed_data: bool
@@ -213,5 +241,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = read_json(path / MANIFEST)
     except FtrayError as error:
         raise CheckpointError(f"{path}: not a committed checkpoint ({error})") from None
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path}: has format {manifest['format']}, this version reads {FORMAT}; go on with the version of "
+            "ftray that wrote it, or start anew under another `name`"
+        )
     verify_tree(path, manifest["files"], CheckpointError)
     return manifest

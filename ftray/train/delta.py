@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ftray.adapt.base import Tensors
 from ftray.config.recipe import Recipe
 from ftray.core.fs import replace_dir
 from ftray.core.spec import dump
@@ -29,20 +30,34 @@ library_name: {library}
 
 
 def save_delta(
-    recipe: Recipe, model: Any, run_dir: Path, feed: Feed, metrics: dict[str, float], state: State
+    recipe: Recipe,
+    model: Any,
+    trained: Tensors,
+    run_dir: Path,
+    feed: Feed,
+    metrics: dict[str, float],
+    state: State,
 ) -> Path:
-    """Write `run_dir/delta`: weights, tokenizer, chat template, model card and manifest; returns the folder."""
+    """Write `run_dir/delta`: weights, tokenizer, chat template, model card and manifest; returns the folder.
+
+    Args:
+        recipe: the run.
+        model: its model; sharded weights need not be whole in it.
+        trained: what trained, whole, one tensor at a time.
+        run_dir: the run's folder.
+        feed: says what rows were seen.
+        metrics: the last ones.
+        state: where the run stands.
+    """
     final = run_dir / "delta"
     with replace_dir(final) as folder:
-        _write(recipe, model, folder, feed, metrics, state)
+        recipe.adapt.save(model, trained, folder, recipe.model.model_name_or_path)
+        _describe(recipe, folder, feed, metrics, state)
     return final
 
 
-def _write(
-    recipe: Recipe, model: Any, folder: Path, feed: Feed, metrics: dict[str, float], state: State
-) -> None:
+def _describe(recipe: Recipe, folder: Path, feed: Feed, metrics: dict[str, float], state: State) -> None:
     tokenizer = load_tokenizer(recipe.model.tokenizer)
-    recipe.adapt.save(model, folder, recipe.model.model_name_or_path)
     tokenizer.save_pretrained(folder)
     facts = recipe.adapt.facts()
     (folder / "README.md").write_text(_card(recipe, facts.kind, metrics, state), "utf-8")

@@ -146,4 +146,4 @@ class Feed:
     def _micro(self, shards: Shards, rows: npt.NDArray[np.int64]) -> Iterator[Batch]:
         for start in range(0, len(rows), self.micro_batch_size):
             part = rows[start : start + self.micro_batch_size]
-            yield collate([shards.row(int(index)) for index in part], part)
+            yield collate([shards.row(int(index)) for index in part], part).to(self.strategy.device)

@@ -1,5 +1,6 @@
 """A run under way: its parts, where it stands, and what it leaves behind."""
 
+import collections
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -100,17 +101,14 @@ class Run:
         self.record |= metrics
         return metrics
 
-    def commit(self) -> Path | None:
-        """Write a checkpoint on rank 0 and tell every rank's surroundings; returns its folder on rank 0."""
-        strategy, path = self.recipe.strategy, None
-        if strategy.dp_rank == 0:
-            engine = self.engine
-            path = self.checkpoints.commit(self.state, engine.parameters, engine.optimizers, strategy.dp_size)
-        strategy.barrier()
-        if strategy.dp_rank == 0:
-            self.feed.drop_before(self.state.position)
+    def commit(self, *, wait: bool = False) -> None:
+        """Take a checkpoint and tell every rank's surroundings; its files are written beside the next steps."""
+        strategy, engine = self.recipe.strategy, self.engine
+        snapshot = strategy.snapshot(engine.parameters, engine.optimizers, copy=not wait)
+        self.checkpoints.commit(self.state, snapshot, strategy.dp_size, wait=wait)
+        if strategy.dp_rank == 0 and (durable := self.checkpoints.durable) is not None:
+            self.feed.drop_before(durable.position)
         self.io.committed(self.record)
-        return path
 
     def finish(self) -> Result:
         """Validate, commit the last checkpoint, save the delta and the picture."""
@@ -119,10 +117,16 @@ class Run:
         metrics |= self.validate()
         progress = self.clock.progress(state.step)
         self.io.log({"step": state.step, "progress": progress, **metrics, "final": True})
-        checkpoint, delta = self.commit(), None
+        self.commit(wait=True)
+        checkpoint = delta = None
+        trained = self.recipe.strategy.full_parameters(self.engine.parameters)
         if self.recipe.strategy.dp_rank == 0:
-            delta = save_delta(self.recipe, self.engine.policy.model, run_dir, self.feed, metrics, state)
+            checkpoint = self.checkpoints.path(state.step)
+            delta = save_delta(
+                self.recipe, self.engine.policy.model, trained, run_dir, self.feed, metrics, state
+            )
             plot_run(run_dir)
+        collections.deque(trained, maxlen=0)  # every rank takes part in gathering what rank 0 saves
         result = Result(
             run_dir,
             checkpoint,

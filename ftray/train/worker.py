@@ -4,6 +4,7 @@ One plain function, run in this process, in a Ray Train worker or in a Tune acto
 """
 
 import hashlib
+import uuid
 from pathlib import Path
 
 import torch
@@ -43,10 +44,13 @@ def train(
     """
     try:
         run = begin(recipe, io, start_from, accept_changed_data)
-        progress = run.clock.progress(run.state.step)
-        while progress < 1 and run.state.step != stop_at:
-            progress = one_step(run, progress)
-        return run.finish()
+        try:
+            progress = run.clock.progress(run.state.step)
+            while progress < 1 and run.state.step != stop_at:
+                progress = one_step(run, progress)
+            return run.finish()
+        finally:
+            run.checkpoints.close()
     finally:
         io.close()
 
@@ -89,12 +93,14 @@ def begin(recipe: Recipe, io: IO, start_from: Path | None, accept_changed_data: 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = recipe.optim.build(parameters)
     identity = run_identity(recipe, feed.digest)
-    checkpoints = Checkpoints(io.run_dir / "checkpoints", identity, settings.save_total_limit)
+    life = strategy.share(uuid.uuid4().hex[:8])
+    checkpoints = Checkpoints(io.run_dir / "checkpoints", identity, settings.save_total_limit, life)
     own: Path | None = strategy.share(checkpoints.newest() if main else None)
     state = State()
     if source := own or start_from:
         state = checkpoints.restore(
             source,
+            strategy,
             parameters,
             optimizers,
             same_run=own is not None,

@@ -36,7 +36,7 @@ def test_ours_loads_in_peft(base: Path, tmp_path: Path) -> None:
     adapt = LoRA(r=4, lora_alpha=12)
     adapt.apply(model, seed=0)
     randomise(model)
-    adapt.save(model, tmp_path / "delta", str(base))
+    adapt.save(model, model.named_parameters(), tmp_path / "delta", str(base))
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "delta").eval()
     ours, theirs = model(IDS).logits, peft(IDS).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

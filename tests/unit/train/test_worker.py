@@ -122,7 +122,7 @@ def test_damaged_checkpoint_is_passed_over(make_recipe: MakeRecipe) -> None:
     run(make_recipe("whole", **changes))
     recipe = make_recipe("hurt", **changes)
     result = run(recipe, stop_at=4)
-    file = result.checkpoint / "trainable.safetensors"
+    file = result.checkpoint / "trainable-0-of-1.safetensors"
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
@@ -138,7 +138,7 @@ def test_damaged_checkpoint_is_passed_over(make_recipe: MakeRecipe) -> None:
 def test_damaged_last_checkpoint_is_written_again(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(train__save_steps=3)
     first = run(recipe)
-    file = first.checkpoint / "optimizer.safetensors"
+    file = first.checkpoint / "optimizer-0-of-1.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     litter = first.checkpoint.parent / ".tmp-step-00000009-dead"
     litter.mkdir()
