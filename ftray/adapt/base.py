@@ -21,6 +21,8 @@ class Facts:
     """The delta can be folded into the base's weights."""
     mixed_batch: bool
     """Rows under different deltas of this kind can share one forward pass."""
+    detachable: bool = False
+    """The base lies unchanged beneath it: with the delta off, the model is what it was before."""
 
 
 class Adapt(Protocol):

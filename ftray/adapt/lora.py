@@ -139,7 +139,7 @@ class LoRA:
 
     def facts(self) -> Facts:
         """Exact as low rank: merges, and shares a batch with others."""
-        return Facts(kind="low_rank", mergeable=True, mixed_batch=True)
+        return Facts(kind="low_rank", mergeable=True, mixed_batch=True, detachable=True)
 
     def apply(self, model: Any, seed: int) -> None:
         """Wrap the targets and train one adapter: A uniform as PEFT draws it, B zero.

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ftray.config.recipe import Recipe
+from ftray.config.recipe import ModelConfig, Recipe
 from ftray.core.errors import ModelError
 from ftray.model.build import build_structure, load_weights, move_rest
 from ftray.model.folder import resolve_folder
@@ -18,14 +18,20 @@ def build_model(recipe: Recipe) -> Any:
     """Structure on meta, then the adapter, then the strategy's sharding, then the weights."""
     model: Any = build_structure(recipe.model, seed=recipe.seed)
     recipe.adapt.apply(model, recipe.seed)
+    recipe.objective.extend(model, recipe.seed)
     if recipe.train.gradient_checkpointing:
         checkpoint_layers(model)
+    return place(recipe, model, recipe.model).train()
+
+
+def place(recipe: Recipe, model: Any, config: ModelConfig) -> Any:
+    """Spread a structure by the recipe's strategy and read its weights, where the configuration names any."""
     model = recipe.strategy.prepare(model, bf16=surely_bf16(recipe))
     device = recipe.strategy.device
-    if recipe.model.init == "pretrained":
-        load_weights(model, resolve_folder(recipe.model.model_name_or_path), device)
+    if config.init == "pretrained":
+        load_weights(model, resolve_folder(config.model_name_or_path), device)
     move_rest(model, device)
-    return model.train()
+    return model
 
 
 def surely_bf16(recipe: Recipe) -> bool:

@@ -16,6 +16,7 @@ from ftray.data.source import Records, Source, find_sources, split_units
 from ftray.model.build import build_structure
 from ftray.model.tokenizer import load_tokenizer
 from ftray.train.kind import check_rows
+from ftray.train.roles import check_teacher
 
 _SAMPLE_BYTES = 256 << 10
 
@@ -44,6 +45,8 @@ def check_model(recipe: Recipe) -> str:
     """
     model: Any = build_structure(recipe.model, empty=True)
     recipe.adapt.apply(model, recipe.seed)
+    recipe.objective.extend(model, recipe.seed)
+    check_teacher(recipe)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     tokens, rows = len(load_tokenizer(recipe.model.tokenizer)), model.get_input_embeddings().weight.shape[0]

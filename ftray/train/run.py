@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ftray.config.recipe import Recipe
 from ftray.core.fs import write_json
 from ftray.core.spec import dump
 from ftray.core.types import finite
+from ftray.objective.base import Objective, loss_of
 from ftray.optim.first_order import FirstOrder, StepReport
 from ftray.train.checkpoint import Checkpoints, State
 from ftray.train.clock import Clock
@@ -67,7 +69,7 @@ class Run:
             loss=report.loss,
         )
         progress = self.clock.progress(self.state.step)
-        terms = {f"loss/{name}": value for name, value in report.terms.items() if len(report.terms) > 1}
+        terms = _by_name(self.recipe.objective, report.terms)
         self.record = {
             "step": self.state.step,
             "loss": report.loss,
@@ -95,9 +97,14 @@ class Run:
         model = self.engine.policy.model.eval()
         sums, weights = self.engine.evaluate(batches)
         model.train()
+        objective = self.recipe.objective
         totals = self.recipe.strategy.sum(torch.cat([sums, weights]))
         half = len(sums)
-        metrics = {"eval_loss": float((totals[:half] / totals[half:]).sum())}
+        means = dict(
+            zip(objective.weights(batches[0]), (totals[:half] / totals[half:]).tolist(), strict=True)
+        )
+        named = {f"eval_{name}": value for name, value in _by_name(objective, means).items()}
+        metrics = {"eval_loss": loss_of(objective, means), **named}
         self.record |= metrics
         return metrics
 
@@ -141,3 +148,10 @@ class Run:
             write_json(run_dir / "result.json", finite(dump(result)))
         self.recipe.strategy.barrier()
         return result
+
+
+def _by_name(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:
+    """What is logged besides the loss: its terms where there are several, and the objective's metrics."""
+    terms = {name: mean for name, mean in means.items() if name not in objective.metrics}
+    several = {f"loss/{name}": mean for name, mean in terms.items()} if len(terms) > 1 else {}
+    return several | {name: means[name] for name in objective.metrics}

@@ -11,7 +11,6 @@ import torch
 
 from ftray.config.recipe import Recipe
 from ftray.core.errors import TrainError
-from ftray.model.policy import Policy
 from ftray.optim.first_order import FirstOrder, StepReport
 from ftray.train.build import build_model, choose_precision
 from ftray.train.checkpoint import Checkpoints, State, run_identity
@@ -19,6 +18,7 @@ from ftray.train.clock import Clock
 from ftray.train.feed import Feed
 from ftray.train.io import IO
 from ftray.train.kind import check_rows
+from ftray.train.roles import build_policy
 from ftray.train.run import Result, Run
 
 
@@ -108,7 +108,7 @@ def begin(recipe: Recipe, io: IO, start_from: Path | None, accept_changed_data: 
         )
         feed.go_on(state.step, state.position)
     engine = FirstOrder(
-        Policy(model),
+        build_policy(recipe, model),
         recipe.objective,
         strategy,
         parameters,
