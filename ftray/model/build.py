@@ -6,20 +6,22 @@ weight is in memory; then each tensor is read from its safetensors file straight
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ftray.config.recipe import ModelConfig
 from ftray.core.errors import ModelError
 from ftray.model import attention
-from ftray.model.convert import Origin, find_origins, read
+from ftray.model.convert import Origin, find_origins, read, read_rows
 from ftray.model.folder import load_config, resolve_folder, weight_map
+from ftray.model.shard import region, with_local
 
 # What transformers raises for a configuration of another kind of model, or with impossible sizes.
 _NOT_BUILT = (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError, StrictDataclassError)
@@ -82,11 +84,24 @@ def build_structure(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.config.use_cache = False
+    # What is added later (an adapter's factors, a score head) is told from the base by this.
+    model.ftray_base_names = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     return model
 
 
-def load_weights(model: nn.Module, folder: Path, device: torch.device | str = "cpu") -> None:
+def load_weights(
+    model: nn.Module,
+    folder: Path,
+    device: torch.device | str = "cpu",
+    keep_part: Callable[[nn.Module, nn.Parameter], None] | None = None,
+) -> None:
     """Stream a folder's weights into a structure built by `build_structure`, onto a device.
+
+    Args:
+        model: the structure.
+        folder: where the weights are.
+        device: where they go.
+        keep_part: called with the model and each parameter as soon as it is there, and may shrink it.
 
     Raises:
         ModelError: if a weight is missing or has another shape.
@@ -100,8 +115,12 @@ def load_weights(model: nn.Module, folder: Path, device: torch.device | str = "c
         if id(parameter) not in placed:
             if name not in origins:
                 continue  # perhaps a tied alias seen before its source; what stays on meta is reported below
-            tensor = _checked(read(origins[name], model, parameter.dtype), origins[name], parameter)
-            placed[id(parameter)] = nn.Parameter(tensor.to(device), requires_grad=parameter.requires_grad)
+            tensor = with_local(parameter.detach(), _read_part(origins[name], model, parameter).to(device))
+            weight = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            del tensor
+            if keep_part is not None:
+                keep_part(model, weight)
+            placed[id(parameter)] = weight
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) in placed:
             # Tied aliases get the same object again: a second tensor would part them in silence.
@@ -129,11 +148,28 @@ def load_model(folder: str | Path, *, dtype: str = "float32", attn: str = attent
     return model.eval()
 
 
-def _checked(tensor: torch.Tensor, origin: Origin, parameter: nn.Parameter) -> torch.Tensor:
-    if tensor.shape != parameter.shape:
+def _read_part(origin: Origin, model: nn.Module, parameter: nn.Parameter) -> torch.Tensor:
+    """What this rank holds of a parameter; of a sharded one no more is read."""
+    if not isinstance(parameter, DTensor):
+        tensor = read(origin, model, parameter.dtype)
+        _check_shape(origin, tensor.shape, parameter.shape)
+        return tensor
+    if origin.converter is None:
+        with safe_open(origin.pieces[-1].file, "pt") as opened:
+            shape = opened.get_slice(origin.pieces[-1].key).get_shape()
+        _check_shape(origin, shape, parameter.shape)
+    (start, *_), part = region(parameter)
+    if 0 in part:
+        return torch.empty(part, dtype=parameter.dtype)
+    tensor = read_rows(origin, model, parameter.dtype, start, start + part[0])
+    _check_shape(origin, tensor.shape, part)
+    return tensor
+
+
+def _check_shape(origin: Origin, found: Sequence[int], expected: Sequence[int]) -> None:
+    if tuple(found) != tuple(expected):
         piece = origin.pieces[0]
-        shapes = f"{tuple(tensor.shape)}, the configuration says {tuple(parameter.shape)}"
+        shapes = f"{tuple(found)}, the configuration says {tuple(expected)}"
         raise ModelError(
             f"{piece.file}: `{piece.key}` has shape {shapes}; config.json and weights do not belong together"
         )
-    return tensor

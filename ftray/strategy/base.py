@@ -70,8 +70,31 @@ class Strategy(Protocol):
         """Where this rank computes: its own GPU if there is one, else the CPU."""
         ...
 
+    @property
+    def weights_device(self) -> torch.device:
+        """Where the base's weights lie between uses: `device`, or the CPU if they are offloaded."""
+        ...
+
     def prepare(self, model: Any, *, bf16: bool) -> Any:
         """Spread a structure that is still on meta; `bf16`: it will be computed in bfloat16 for certain."""
+        ...
+
+    def keep_part(self, model: Any, parameter: torch.nn.Parameter) -> None:
+        """Drop what this rank does not keep of a whole weight of `model` that was just read.
+
+        For strategies whose shards are no tensors on meta that could be read into.
+        """
+        ...
+
+    def attach(self, model: Any, optimizers: Optimizers) -> list[torch.optim.Optimizer]:
+        """Take a loaded model and the optimisers built for it, before anything is restored or computed.
+
+        Returns:
+            The optimisers whose learning rates are to be set from now on.
+
+        Raises:
+            ConfigError: if the strategy cannot step such an optimiser.
+        """
         ...
 
     def backward(self, loss: torch.Tensor) -> None:

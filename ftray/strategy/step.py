@@ -14,6 +14,14 @@ from ftray.strategy.base import Optimizers, Parameters, Update
 class OwnStep:
     """What single, replicated and sharded data parallelism share; they differ in how gradients are reduced."""
 
+    def keep_part(self, model: Any, parameter: torch.nn.Parameter) -> None:
+        """All of it stays."""
+
+    def attach(self, model: Any, optimizers: Optimizers) -> list[torch.optim.Optimizer]:
+        """The optimisers as they are."""
+        del model
+        return list(optimizers)
+
     def backward(self, loss: torch.Tensor) -> None:
         """Plain backward; what the ranks have left to exchange is exchanged in `update`."""
         loss.backward()
@@ -46,7 +54,9 @@ class OwnStep:
             if max_grad_norm is not None and gradients:
                 factor = torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)
                 parts = [local(gradient) for gradient in gradients]
-                torch._foreach_mul_(parts, factor.to(parts[0].device))
+                for device in {part.device for part in parts}:
+                    there = [part for part in parts if part.device == device]
+                    torch._foreach_mul_(there, factor.to(device))
             for optimizer in optimizers:
                 optimizer.step()
         for optimizer in optimizers:

@@ -29,7 +29,7 @@ def place(recipe: Recipe, model: Any, config: ModelConfig) -> Any:
     model = recipe.strategy.prepare(model, bf16=surely_bf16(recipe))
     device = recipe.strategy.device
     if config.init == "pretrained":
-        load_weights(model, resolve_folder(config.model_name_or_path), device)
+        load_weights(model, resolve_folder(config.model_name_or_path), device, recipe.strategy.keep_part)
     move_rest(model, device)
     return model
 

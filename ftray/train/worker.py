@@ -91,7 +91,7 @@ def begin(recipe: Recipe, io: IO, start_from: Path | None, accept_changed_data: 
     check_rows(recipe.objective, feed.manifests)
     model = build_model(recipe)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizers = recipe.optim.build(parameters)
+    optimizers = strategy.attach(model, recipe.optim.build(parameters))
     identity = run_identity(recipe, feed.digest)
     life = strategy.share(uuid.uuid4().hex[:8])
     checkpoints = Checkpoints(io.run_dir / "checkpoints", identity, settings.save_total_limit, life)
