@@ -40,6 +40,7 @@ METHODS: dict[str, dict[str, str]] = {
     "strategy": {
         "single": "ftray.strategy.single:Single",
         "ddp": "ftray.strategy.ddp:DDP",
+        "fsdp": "ftray.strategy.fsdp:FSDP",
     },
     "tracker": {
         "jsonl": "ftray.train.track.jsonl:Jsonl",

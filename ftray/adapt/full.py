@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
 from ftray.adapt.base import Facts, Tensors
 from ftray.core.spec import spec
+from ftray.model.save import save_model
 
 
 @spec
@@ -24,13 +23,6 @@ class Full:
             parameter.requires_grad_(True)
 
     def save(self, model: Any, trained: Tensors, folder: Path, base_name: str) -> None:
-        """Write configuration and weights as `save_pretrained` does."""
-        del base_name, trained
-        attention = model.config._attn_implementation
-        # Our attention's name means nothing to plain transformers; the saved folder must load there.
-        model.config._attn_implementation = "sdpa"
-        try:
-            logging.disable_progress_bar()
-            model.save_pretrained(folder)
-        finally:
-            model.config._attn_implementation = attention
+        """Write configuration and weights as `save_pretrained` does, one tensor at a time."""
+        del base_name
+        save_model(model, trained, folder)

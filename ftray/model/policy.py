@@ -27,7 +27,9 @@ class Policy:
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Last hidden states `[N, D]` of a padding-free batch of `N` tokens."""
-        output = self.model.base_model(
+        # A sharded model is entered through its root, which gathers what lies outside the layers.
+        trunk = getattr(self.model, "ftray_trunk", self.model.base_model)
+        output = trunk(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             cu_seq_lens_q=batch.cu_seq_lens,

@@ -35,9 +35,9 @@ def select_targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 def weighted_nll(policy: Policy, batch: Batch) -> torch.Tensor:
     """Sum over targets of weight times negative log-likelihood, a float32 scalar."""
     hidden_ND = policy.hidden(batch)
+    # Without a target, too, every weight takes part and gets a zero gradient: ranks that share weights must agree
+    # on which of them have one.
     where, labels_T, weights_T = select_targets(batch)
-    if not len(where):
-        return hidden_ND.float().sum() * 0.0
     hidden_TD = hidden_ND[where]
     weight_VD = policy.head.plain_weight
     if weight_VD is not None:
@@ -57,8 +57,6 @@ def document_logps(policy: Policy, batch: Batch) -> torch.Tensor:
     hidden_ND = policy.hidden(batch)
     where, labels_T, weights_T = select_targets(batch)
     total = torch.zeros(len(batch.cu_seq_lens) - 1, dtype=torch.float32, device=where.device)
-    if not len(where):
-        return total + hidden_ND.float().sum() * 0.0
     logps_T = token_logps(policy, hidden_ND[where], labels_T)
     return total.index_add(0, _documents(batch, where + 1), logps_T * weights_T)
 

@@ -40,6 +40,11 @@ class Single(OwnStep):
         """The first GPU if there is one, else the CPU."""
         return local_device()
 
+    @property
+    def weights_device(self) -> torch.device:
+        """Where it computes."""
+        return self.device
+
     def prepare(self, model: Any, *, bf16: bool) -> Any:
         """Nothing to spread."""
         del bf16

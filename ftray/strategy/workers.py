@@ -44,6 +44,11 @@ class Workers:
         """This worker's GPU if there is one, else the CPU."""
         return local_device()
 
+    @property
+    def weights_device(self) -> torch.device:
+        """Where it computes."""
+        return self.device
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """All-reduce; the sum lies where the values did."""
         total = values.to(self.device, copy=True)
