@@ -50,10 +50,12 @@ METHODS: dict[str, dict[str, str]] = {
     "transform": {
         "clean": "ftray.data.transform.clean:Clean",
         "dedup": "ftray.data.transform.dedup:ExactDedup",
+        "goldfish": "ftray.data.transform.goldfish:Goldfish",
         "language": "ftray.data.transform.language:Language",
         "length": "ftray.data.transform.length:Length",
         "near_dedup": "ftray.data.transform.near_dedup:NearDedup",
         "pii": "ftray.data.transform.pii:Pii",
+        "prompt_weight": "ftray.data.transform.prompt_weight:PromptWeight",
         "quality": "ftray.data.transform.quality:Quality",
         "split": "ftray.data.transform.split:Split",
     },

@@ -24,6 +24,11 @@ def _is_barrier(transform: Any) -> bool:
     return hasattr(transform, "keys") and hasattr(transform, "keep")
 
 
+def is_read_time(transform: Any) -> bool:
+    """True for a transform of packed rows, which says `stage = "read"`; any other is one of preparation."""
+    return getattr(transform, "stage", "prepare") == "read"
+
+
 RowField = Literal[
     "chosen",
     "completion",
@@ -109,7 +114,7 @@ class DataConfig:
     columns: dict[RowField, str] = Field(default_factory=dict)
     """Where the rows hold what, if not under the known names: `{prompt: question, completion: answer}`."""
     transforms: list[Annotated[Any, Piece("transform")]] = Field(default_factory=lambda: ["clean", "length"])
-    """Prepare-time steps on rows, in order."""
+    """Steps on rows, in order: those of preparation, then those that change packed rows whenever they are read."""
     max_length: int = Field(default=1024, ge=8)
     """Tokens in one row of training."""
     packing: bool = True
@@ -136,6 +141,13 @@ class DataConfig:
         # Field default factories are not validated, so names given above become objects here.
         built = [Piece("transform").func(item) for item in self.transforms]  # type: ignore[call-arg]
         object.__setattr__(self, "transforms", built)
+        stages = [is_read_time(item) for item in built]
+        if stages != sorted(stages):
+            early = built[stages.index(True)]
+            name = catalog.name_of(type(early)) or type(early).__name__
+            raise ConfigError(
+                f"transforms: `{name}` is applied when prepared rows are read; put it behind those of preparation"
+            )
         barriers = [catalog.name_of(type(item)) or type(item).__name__ for item in built if _is_barrier(item)]
         if not self.validation and any(_draws_validation(item) for item in built):
             object.__setattr__(self, "validation", list(self.train))
@@ -146,6 +158,16 @@ class DataConfig:
                 f"stream: `{'`, `'.join(barriers)}` must see all rows before the first is trained on; "
                 "leave out the transform, or set `stream: false`"
             )
+
+    @property
+    def prepare_transforms(self) -> list[Any]:
+        """The transforms of preparation."""
+        return [item for item in self.transforms if not is_read_time(item)]
+
+    @property
+    def read_transforms(self) -> list[Any]:
+        """The transforms of packed rows when they are read."""
+        return [item for item in self.transforms if is_read_time(item)]
 
 
 @spec

@@ -86,6 +86,12 @@ class Mixture(Order):
                 rows[mine] = _source_rows(part, places[mine], self.seed, number)
         return rows
 
+    def epochs(self, positions: Ints) -> Ints:
+        """The pass over its source that each ascending position is part of."""
+        sources, places = self.draw(positions)
+        passes: Ints = places // np.array([part.num_rows for part in self.parts])[sources]
+        return passes
+
     def draw(self, positions: Ints) -> tuple[Ints, Ints]:
         """The source of each ascending position, and how many rows were drawn from that source before."""
         sources, places = np.empty_like(positions), np.empty_like(positions)

@@ -109,6 +109,18 @@ class Order:
         """Row indices at positions of the endless sequence, in ascending positions."""
         return windowed(positions, self._ends, self.seed)
 
+    def epochs(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The pass over the data set (over its source, in a mixture) that each ascending position is part of."""
+        return positions // self.num_rows
+
+    def part_epochs(self, k: int, dp_rank: int, dp_size: int) -> npt.NDArray[np.int64]:
+        """`epochs` of one rank's rows of global batch `k`, -1 for those that fill it up; as `part`."""
+        start = self.position(k)
+        positions = dp_slice(np.arange(start, start + self.global_batch_size), dp_rank, dp_size)
+        mine = positions != PADDING
+        positions[mine] = self.epochs(positions[mine])
+        return positions
+
     def position(self, k: int) -> int:
         """Position of the first row of global batch `k`."""
         return self.offset + k * self.global_batch_size

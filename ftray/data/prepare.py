@@ -96,7 +96,7 @@ class Preparation:
         name = f"{split}-{digest_json(identity).removeprefix('xxh3:')[:16]}"
         self.dataset = Dataset(self.store, name, identity, data.window_shards)
         self.plan = Plan(
-            transforms=tuple(data.transforms),
+            transforms=tuple(data.prepare_transforms),
             tokenizer_folder=tok.folder,
             max_length=data.max_length,
             packing=data.packing,
@@ -203,7 +203,7 @@ def _how(data: DataConfig, tok: Tokeniser) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "unit_bytes": UNIT_BYTES,
         "columns": dict(data.columns),
-        "transforms": dump(data.transforms),
+        "transforms": dump(data.prepare_transforms),
         "max_length": data.max_length,
         "packing": data.packing,
         "overlong": data.overlong,

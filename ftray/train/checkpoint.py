@@ -86,7 +86,9 @@ def run_identity(recipe: Recipe, data_digest: str) -> dict[str, Any]:
         "data": data_digest,
         "seed": recipe.seed,
         "global_batch_size": batch_size,
-        "order": digest_json({key: tree["data"][key] for key in ("window_shards", "mixture")}),
+        "order": digest_json(
+            [tree["data"]["window_shards"], tree["data"]["mixture"], dump(recipe.data.read_transforms)]
+        ),
     }
 
 
@@ -94,7 +96,7 @@ _OTHER = {
     "run": "other settings (objective, optim, lr_scheduler or train)",
     "structure": "another base or adapter",
     "data": "other training rows (sources, transforms, tokenizer or sizes of `data`)",
-    "order": "another `data.window_shards` or `data.mixture`",
+    "order": "another `data.window_shards`, `data.mixture` or read-time transform",
     "seed": "`seed: {then}`, now it is {now}",
     "global_batch_size": "`train.global_batch_size: {then}`, now it is {now}",
 }

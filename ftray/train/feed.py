@@ -17,6 +17,7 @@ from ftray.data.grow import GrowingShards
 from ftray.data.order import Order, dp_slice
 from ftray.data.read import Shards
 from ftray.data.store import Folder
+from ftray.data.transform.read_time import ReadTime
 from ftray.strategy.base import Strategy
 
 
@@ -55,6 +56,9 @@ class Feed:
         self._ahead: threading.Thread | None = None
         self.order = self._arrange(global_batch_size, seed)
         self.strategy, self.micro_batch_size = strategy, micro_batch_size
+        steps, pairs = data.read_transforms, bool(self.shards.manifest["pairs"])
+        self._read = ReadTime(steps, seed, pairs=pairs)
+        self._read_validation = ReadTime(steps, seed, pairs=pairs, validation=True)
 
     @property
     def digest(self) -> str:
@@ -133,7 +137,10 @@ class Feed:
         """This rank's micro batches of a step."""
         rows = self.rows(step)
         self._move(rows)
-        return list(self._micro(self.shards, rows))
+        strategy, epochs = self.strategy, np.zeros_like(rows)
+        if self._read:
+            epochs = self.order.part_epochs(step, strategy.dp_rank, strategy.dp_size)
+        return list(self._micro(self.shards, rows, epochs, self._read))
 
     def validation_batches(self) -> list[Batch]:
         """This rank's part of all validation rows."""
@@ -141,9 +148,15 @@ class Feed:
             return []
         indices = np.arange(len(self.validation), dtype=np.int64)
         rows = dp_slice(indices, self.strategy.dp_rank, self.strategy.dp_size)
-        return list(self._micro(self.validation, rows))
+        return list(self._micro(self.validation, rows, np.zeros_like(rows), self._read_validation))
 
-    def _micro(self, shards: Shards, rows: npt.NDArray[np.int64]) -> Iterator[Batch]:
+    def _micro(
+        self, shards: Shards, rows: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64], read: ReadTime
+    ) -> Iterator[Batch]:
         for start in range(0, len(rows), self.micro_batch_size):
-            part = rows[start : start + self.micro_batch_size]
-            yield collate([shards.row(int(index)) for index in part], part).to(self.strategy.device)
+            part = slice(start, start + self.micro_batch_size)
+            found = [shards.row(int(index)) for index in rows[part]]
+            if read:
+                places = zip(found, rows[part].tolist(), epochs[part].tolist(), strict=True)
+                found = [read(row, index, epoch) for row, index, epoch in places]
+            yield collate(found, rows[part]).to(self.strategy.device)

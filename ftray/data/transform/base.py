@@ -3,6 +3,8 @@
 A transform is a pure function on a table of rows (`ftray.data.rows.ROW_SCHEMA`). A barrier needs to see a key
 of every row of the data set before it can say which rows stay: one pass for the keys, then a decision. So a
 barrier cannot be part of a stream, which is trained on while it is read.
+
+A class that declares `stage = "read"` changes packed rows when they are read instead (`read_time.py`).
 """
 
 from collections import Counter
