@@ -31,6 +31,9 @@ class AdapterConfig:
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
     """Layers of another rank; each layer is scaled by its own."""
 
+    target_parameters: list[str] | None = None
+    """Stacks of experts it adapts besides linear layers."""
+
     def ranks(self) -> set[int]:
         """Ranks a layer may have."""
         return {self.r, *(self.rank_pattern or {}).values()}

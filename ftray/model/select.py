@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from ftray.core.errors import ConfigError
@@ -42,3 +43,21 @@ def select_linear(model: Any, targets: Targets | Sequence[str]) -> dict[str, nn.
             raise ConfigError(f"target_modules: {target!r} matches no linear layer; near: {', '.join(near)}")
         chosen |= hits
     return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def expert_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every stack of expert matrices by name, most of them `[E, out, in]`; empty for a dense model."""
+    return {
+        f"{owner}.{leaf}": parameter
+        for owner, module in model.named_modules()
+        if not isinstance(module, nn.Linear | Conv1D | nn.Embedding | _ConvNd | nn.ParameterDict)
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if _is_stack(f"{owner}.{leaf}", parameter)
+    }
+
+
+def _is_stack(name: str, parameter: nn.Parameter) -> bool:
+    # A few architectures lay the experts' matrices end to end in two axes; a plain layer's matrix is its `weight`.
+    leaf = name.rpartition(".")[2]
+    end_to_end = parameter.ndim == 2 and "expert" in name.lower() and leaf != "weight"
+    return not leaf.endswith("bias") and (parameter.ndim == 3 or end_to_end)
