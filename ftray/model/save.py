@@ -31,6 +31,8 @@ def save_model(model: Any, tensors: Iterable[tuple[str, torch.Tensor]], folder: 
         folder: where to; made when needed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # what is gathered for computing may have another type
     _save_config(model, folder)
     parameters = {name: p for name, p in model.named_parameters() if is_saved(model, name)}
     buffers = _persistent_buffers(model)

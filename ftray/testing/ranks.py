@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,3 +36,31 @@ def _rank(
         results.put((rank, function(*args)))
     finally:
         dist.destroy_process_group()
+
+
+def in_group(size: int, meeting: Path, function: Callable[..., Any], *args: Any) -> Any:
+    """Call `function(*args)` on the first `size` ranks, as a process group of their own; called on every rank.
+
+    Several groups in one start of the ranks are much quicker than a start for each.
+
+    Args:
+        size: ranks of the smaller group.
+        meeting: a path that no file has yet and all ranks see.
+        function: what to call.
+        args: its arguments.
+
+    Returns:
+        What it returned, and None on the ranks that are not in the group; all return together.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    try:
+        if rank >= size:
+            return None
+        dist.init_process_group("gloo", init_method=f"file://{meeting}.part", rank=rank, world_size=size)
+        try:
+            return function(*args)
+        finally:
+            dist.destroy_process_group()
+    finally:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)

@@ -1,6 +1,6 @@
 """One checkpoint on its way to the disk, in a thread beside the training loop."""
 
-import json
+import contextlib
 import shutil
 import threading
 import time
@@ -83,7 +83,8 @@ class Writer(threading.Thread):
             write_json(report, {"files": {name: digest_file(self._folder / name) for name in names}})
         except Exception as error:
             if self._rank != 0:  # so that rank 0 need not wait for the time-out
-                report.write_text(json.dumps({"error": f"rank {self._rank}: {error}"}))
+                with contextlib.suppress(OSError):
+                    write_json(report, {"error": f"rank {self._rank}: {error}"})
             raise
 
     def _commit(self) -> None:
