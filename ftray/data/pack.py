@@ -60,9 +60,8 @@ def cut(documents: Documents, capacity: int) -> Pieces:
     starts = np.repeat(pieces.starts, counts) + place * stride
     ends = np.repeat(pieces.starts + pieces.lens, counts)
     lens = np.minimum(capacity, ends - starts)
-    targets = np.zeros(len(documents.labels) + 1, np.int32)
-    np.cumsum(documents.labels != IGNORE_INDEX, out=targets[1:])
-    used = targets[starts + lens] > targets[np.minimum(starts + 1, starts + lens)]
+    # The first token of a piece is context.
+    used = documents.have_targets(starts + 1, starts + lens)
     return Pieces(starts[used], lens[used])
 
 

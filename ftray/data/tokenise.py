@@ -6,8 +6,9 @@ so training sees the same boundary as serving, which encodes the context before 
 """
 
 import functools
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,6 +42,14 @@ class Documents:
     """Weight in the loss, [N]."""
     lens: npt.NDArray[np.int64]
     """Tokens of each document, [D]."""
+
+    def have_targets(
+        self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        """Which stretches [start, stop) of the tokens hold a target."""
+        is_target = np.append(self.labels != IGNORE_INDEX, False)  # so that N is a place too
+        bounds = np.stack([starts, stops], axis=1).ravel()
+        return np.logical_or.reduceat(is_target, bounds)[::2] & (stops > starts)
 
 
 class Tokenised(NamedTuple):
@@ -138,22 +147,49 @@ class Tokeniser:
 
     def encode(self, documents: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
         """Token ids of every segment of every document."""
-        result: list[list[list[int]]] = []
+        return list(self._encoded(documents))
+
+    def _encoded(self, documents: Sequence[Sequence[Segment]]) -> Iterator[list[list[int]]]:
         for start in range(0, len(documents), _DOCUMENTS_PER_CALL):
             chunk = documents[start : start + _DOCUMENTS_PER_CALL]
             pieces = [segment.pieces() for document in chunk for segment in document]
             texts = [text for piece in pieces for text, literal in piece if not literal]
-            encoded = iter(e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False))
-            ids = iter(
-                [
-                    token
-                    for text, literal in piece
-                    for token in (self._literal(text) if literal else next(encoded))
-                ]
-                for piece in pieces
-            )
-            result.extend([[*s.before, *next(ids), *s.after] for s in document] for document in chunk)
-        return result
+            encoded = (e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False))
+            piece = iter(pieces)
+            for document in chunk:
+                yield [self._ids(segment, next(piece), encoded) for segment in document]
+
+    def laid(self, documents: Sequence[Sequence[Segment]]) -> Documents:
+        """Documents encoded and laid end to end, each segment's weight and label on its tokens."""
+        segment_lens: list[int] = []
+        doc_lens: list[int] = []
+
+        def parts() -> Iterator[list[int]]:
+            for document in self._encoded(documents):
+                segment_lens.extend(map(len, document))
+                doc_lens.append(sum(map(len, document)))
+                yield from document
+
+        # Not all lists at once: Python's integers take ten times the room of the array's.
+        input_ids = np.fromiter(itertools.chain.from_iterable(parts()), np.int32)
+        lens = np.array(doc_lens, np.int64)
+        weight_of = np.array([s.weight for segments in documents for s in segments], np.float32)
+        weights = np.repeat(weight_of, segment_lens)
+        # Nothing stands before the first token of a document to predict it from.
+        weights[(np.cumsum(lens) - lens)[lens > 0]] = 0.0
+        labels = np.where(weights > 0, input_ids, np.int32(IGNORE_INDEX))
+        return Documents(input_ids, labels, weights, lens)
+
+    def _ids(
+        self, segment: Segment, pieces: Sequence[tuple[str, bool]], encoded: Iterator[list[int]]
+    ) -> list[int]:
+        """Token ids of a segment; `encoded` gives those of its pieces that are not literal."""
+        found = list(segment.before)
+        for text, literal in pieces:
+            ids = self._literal(text) if literal else next(encoded)
+            found = found + ids if found else ids  # mostly there is one piece: nothing is copied
+        found.extend(segment.after)
+        return found
 
     def _literal(self, text: str) -> list[int]:
         """Tokens of a special token's spelling as plain text."""
@@ -204,15 +240,15 @@ def tokenise(rows: pa.Table, tok: Tokeniser) -> Tokenised:
         documents.extend(found)
         row_of.extend([index] * len(found))
         pairs.extend([index] * (row.shape == PAIR))
-    made = [_document(parts, ids) for parts, ids in zip(documents, tok.encode(documents), strict=True)]
-    of = np.array(row_of, np.int64)
-    stays = np.array([(document.labels != IGNORE_INDEX).any() for document in made], np.bool_)
+    laid = tok.laid(documents)
+    ends = np.cumsum(laid.lens)
+    of, stays = np.array(row_of, np.int64), laid.have_targets(ends - laid.lens, ends)
     if pairs:  # none without the other
         stays &= ~np.isin(of, np.intersect1d(pairs, of[~stays]))
     kept = of[stays]
     bad += [(index, "no target token") for index in np.setdiff1d(of, kept).tolist()]
-    found_documents = _join(document for document, stay in zip(made, stays, strict=True) if stay)
-    return Tokenised(found_documents, sorted(bad), kept, _group_sizes(kept, pairs) if pairs else None)
+    groups = _group_sizes(kept, pairs) if pairs else None
+    return Tokenised(_those(laid, stays), sorted(bad), kept, groups)
 
 
 def _group_sizes(row_of: npt.NDArray[np.int64], pairs: list[int]) -> npt.NDArray[np.int64]:
@@ -228,20 +264,11 @@ def _rows(table: pa.Table) -> Iterator[Row]:
         yield Row(shape, tuple(Span(**span) for span in spans))
 
 
-def _document(segments: Sequence[Segment], ids: Sequence[Sequence[int]]) -> Documents:
-    lens = [len(part) for part in ids]
-    input_ids = np.fromiter((token for part in ids for token in part), np.int32, sum(lens))
-    weights = np.repeat(np.array([s.weight for s in segments], np.float32), lens)
-    weights[:1] = 0.0  # nothing stands before the first token of a document to predict it from
-    labels = np.where(weights > 0, input_ids, np.int32(IGNORE_INDEX)).astype(np.int32)
-    return Documents(input_ids, labels, weights, np.array([len(input_ids)]))
-
-
-def _join(documents: Iterable[Documents]) -> Documents:
-    items = list(documents)
+def _those(documents: Documents, stays: npt.NDArray[np.bool_]) -> Documents:
+    """The documents that stay."""
+    if stays.all():
+        return documents
+    of = np.repeat(stays, documents.lens)
     return Documents(
-        np.concatenate([np.zeros(0, np.int32), *(d.input_ids for d in items)]),
-        np.concatenate([np.zeros(0, np.int32), *(d.labels for d in items)]),
-        np.concatenate([np.zeros(0, np.float32), *(d.weights for d in items)]),
-        np.concatenate([np.zeros(0, np.int64), *(d.lens for d in items)]),
+        documents.input_ids[of], documents.labels[of], documents.weights[of], documents.lens[stays]
     )

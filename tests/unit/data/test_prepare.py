@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -71,6 +72,16 @@ def test_a_batch_of_shard_rows(write_rows: WriteRows, config: Make, tokenizer_fo
     assert np.array_equal(np.diff(bounds), lens)
     assert batch.position_ids[0].tolist() == [i for length in lens for i in range(length)]
     assert batch.row_ids.tolist() == [0, -1, 1]
+    for tensor, name in (
+        (batch.input_ids, "input_ids"),
+        (batch.labels, "labels"),
+        (batch.weights, "weights"),
+    ):
+        assert np.array_equal(tensor[0], np.concatenate([getattr(row, name) for row in rows])), name
+    wide = (batch.input_ids, batch.labels, batch.position_ids, batch.row_ids)
+    assert {tensor.dtype for tensor in wide} == {torch.int64}
+    assert batch.weights.dtype == torch.float32
+    assert batch.cu_seq_lens.dtype == batch.group_lens.dtype == torch.int32
     assert batch.to("cpu").input_ids.equal(batch.input_ids)
     with pytest.raises(IndexError):
         shards.row(len(shards))
