@@ -110,7 +110,8 @@ def read_rows(origin: Origin, model: Any, dtype: torch.dtype, start: int, stop: 
     if origin.converter is None:
         piece = origin.pieces[-1]
         with safe_open(piece.file, "pt") as opened:
-            return opened.get_slice(piece.key)[start:stop].to(dtype)
+            # A copy: a view would keep the whole file mapped, with the rows of other ranks beside its own.
+            return opened.get_slice(piece.key)[start:stop].to(dtype, copy=True)
     if not origin.is_stack:
         return read(origin, model, dtype)[start:stop].clone()
     wanted: list[Piece] = []
