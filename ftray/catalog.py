@@ -47,6 +47,10 @@ METHODS: dict[str, dict[str, str]] = {
         "tensorboard": "ftray.train.track.tensorboard:TensorBoard",
         "wandb": "ftray.train.track.wandb:WandB",
     },
+    "trainer": {
+        "train_fn": "ftray.train.opaque.train_fn:TrainFn",
+        "trl_grpo": "ftray.train.opaque.trl_grpo:TrlGRPO",
+    },
     "transform": {
         "clean": "ftray.data.transform.clean:Clean",
         "dedup": "ftray.data.transform.dedup:ExactDedup",

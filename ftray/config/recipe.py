@@ -256,11 +256,11 @@ class Recipe:
     data: DataConfig
     adapt: Annotated[Any, Piece("adapt")]
     """What trains."""
-    objective: Annotated[Any, Piece("objective")]
+    objective: Annotated[Any, Piece("objective", optional=True)] = None
     """What is minimised."""
-    optim: Annotated[Any, Piece("optim")]
+    optim: Annotated[Any, Piece("optim", optional=True)] = None
     """How a step is taken."""
-    lr_scheduler: Annotated[Any, Piece("lr_scheduler")]
+    lr_scheduler: Annotated[Any, Piece("lr_scheduler", optional=True)] = None
     """Learning rate over the run."""
     strategy: Annotated[Any, Piece("strategy")]
     """How the work is spread."""
@@ -269,8 +269,16 @@ class Recipe:
         default_factory=list
     )
     """Where metrics go besides the JSON lines and TensorBoard files that are always written."""
+    trainer: Annotated[Any, Piece("trainer", optional=True)] = None
+    """A trainer of somebody else's in place of ours; it brings objective, optimiser and schedule along."""
 
     def __post_init__(self) -> None:
+        for field in ("objective", "optim", "lr_scheduler"):
+            if self.trainer is None and getattr(self, field) is None:
+                raise ConfigError(f"{field}: missing; give it a value")
+            if self.trainer is not None and getattr(self, field) is not None:
+                name = catalog.name_of(type(self.trainer)) or type(self.trainer).__name__
+                raise ConfigError(f"{field}: `{name}` brings one of its own along; remove it")
         if self.data.stream and self.train.num_train_epochs is not None:
             raise ConfigError(
                 "train.num_train_epochs: with `data.stream` the number of rows is not known; set `max_steps`"

@@ -35,17 +35,19 @@ def spec(cls: type[T]) -> type[T]:
     return cast(type[T], pydantic_dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls))
 
 
-def Piece(kind: str) -> BeforeValidator:
+def Piece(kind: str, *, optional: bool = False) -> BeforeValidator:
     """Annotation of a field that holds a method from the catalog.
 
     The value is a name (`lora`), a mapping with its settings (`{type: lora, r: 8}`) or a ready object;
-    `package.module:attr` stands for the user's own class.
+    `package.module:attr` stands for the user's own class. An `optional` one may be null.
     """
-    return BeforeValidator(functools.partial(build_piece, kind))
+    return BeforeValidator(functools.partial(build_piece, kind, optional=optional))
 
 
-def build_piece(kind: str, value: Any) -> Any:
+def build_piece(kind: str, value: Any, *, optional: bool = False) -> Any:
     """Build a catalog piece from a name, a mapping or an object that is one already."""
+    if value is None and optional:
+        return None
     if isinstance(value, str):
         value = {"type": value}
     if not isinstance(value, Mapping):

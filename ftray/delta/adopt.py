@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from ftray.adapt.lora import load_adapter
 from ftray.config.recipe import ModelConfig
@@ -9,12 +10,12 @@ from ftray.core.errors import DeltaError
 from ftray.delta import files as delta_files
 from ftray.delta import manifest
 from ftray.model.build import build_structure
-from ftray.model.folder import resolve_folder
+from ftray.model.folder import check_folder, resolve_folder
 from ftray.model.identity import base_identity
 from ftray.model.tokenizer import chat_template_hash, load_tokenizer
 
 
-def adopt(folder: Path, base: str, into: Path) -> list[str]:
+def adopt(folder: Path, base: str, into: Path, **fields: Any) -> list[str]:
     """Make a delta folder of a LoRA that was saved by `peft`; `folder` is left as it is.
 
     Links, folders, and files of a type that a delta may not hold (`training_args.bin`, a checkpoint) stay behind.
@@ -23,6 +24,7 @@ def adopt(folder: Path, base: str, into: Path) -> list[str]:
         folder: the adapter, with `adapter_config.json` and `adapter_model.safetensors`.
         base: folder or Hub id of the base it was trained on.
         into: the delta folder to write.
+        **fields: of the manifest, such as `recipe` and `lineage`.
 
     Returns:
         Names of what stayed behind.
@@ -32,13 +34,7 @@ def adopt(folder: Path, base: str, into: Path) -> list[str]:
         ModelError: if the base cannot be read.
     """
     base_folder = resolve_folder(base)
-    into.mkdir(parents=True, exist_ok=True)
-    left = []
-    for path in sorted(folder.iterdir()):
-        if _may_be_copied(path):
-            shutil.copyfile(path, into / path.name)
-        else:
-            left.append(path.name)
+    left = _copy(folder, into)
     # The copy is what gets checked. Names and shapes are enough, so the base's weights stay on the disk.
     structure = build_structure(ModelConfig(model_name_or_path=str(base_folder)))
     try:
@@ -50,7 +46,50 @@ def adopt(folder: Path, base: str, into: Path) -> list[str]:
         kind="low_rank",
         base=base_identity(base_folder),
         chat_template_hash=chat_template_hash(load_tokenizer(base_folder)),
+        **fields,
     )
+    return left
+
+
+def adopt_model(folder: Path, base: str, into: Path, **fields: Any) -> list[str]:
+    """Make a delta folder of a whole model that was saved by `save_pretrained`, as `adopt` does of an adapter.
+
+    Args:
+        folder: the model.
+        base: folder or Hub id of the model it was trained from.
+        into: the delta folder to write.
+        **fields: of the manifest, such as `recipe` and `lineage`.
+
+    Returns:
+        Names of what stayed behind.
+
+    Raises:
+        ModelError: if either is no model folder.
+    """
+    base_folder = resolve_folder(base)
+    check_folder(folder)
+    left = _copy(folder, into)
+    tokenizer = load_tokenizer(base_folder)
+    tokenizer.save_pretrained(into)
+    manifest.write(
+        into,
+        kind="replacement",
+        base=base_identity(base_folder),
+        chat_template_hash=chat_template_hash(tokenizer),
+        **fields,
+    )
+    return left
+
+
+def _copy(folder: Path, into: Path) -> list[str]:
+    """Copy what a delta may hold; returns the names of the rest."""
+    into.mkdir(parents=True, exist_ok=True)
+    left = []
+    for path in sorted(folder.iterdir()):
+        if _may_be_copied(path):
+            shutil.copyfile(path, into / path.name)
+        else:
+            left.append(path.name)
     return left
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
+from torch.distributed.tensor import DTensor
 
 from ftray.core.errors import ConfigError
 from ftray.core.spec import spec
@@ -45,15 +46,18 @@ def parameter_groups(
 
     Each group has `params`, `lr` and `weight_decay`; the order is that of the names and the same on every rank.
     """
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         rule = next((rule for rule in rules if fnmatch.fnmatchcase(name, rule.pattern)), None)
         rate, decay = learning_rate, weight_decay if is_decayed(name, parameter) else 0.0
         if rule is not None:
             rate = rate if rule.learning_rate is None else rule.learning_rate
             decay = decay if rule.weight_decay is None else rule.weight_decay
-        groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
+        # A fused kernel takes shards or whole tensors, not both: a head beside a sharded base is whole.
+        groups.setdefault((rate, decay, isinstance(parameter, DTensor)), []).append(parameter)
+    return [
+        {"params": found, "lr": rate, "weight_decay": decay} for (rate, decay, _), found in groups.items()
+    ]
 
 
 def check_patterns(names: Sequence[str], rules: Sequence[ParamGroup]) -> None:

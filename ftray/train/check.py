@@ -31,6 +31,8 @@ def check_recipe(recipe: Recipe) -> Iterator[str]:
         FtrayError: one line, for the first thing that would stop the run.
     """
     yield check_model(recipe)
+    if recipe.trainer is not None:
+        return
     for split in ("train", "validation"):
         if patterns := getattr(recipe.data, split):
             sources = find_sources(patterns, recipe.data.sample_by)
@@ -43,6 +45,8 @@ def check_model(recipe: Recipe) -> str:
     Raises:
         FtrayError: one line, for what would stop the run.
     """
+    if recipe.trainer is not None:
+        return str(recipe.trainer.check(recipe))
     model: Any = build_structure(recipe.model, empty=True)
     recipe.adapt.apply(model, recipe.seed)
     recipe.objective.extend(model, recipe.seed)

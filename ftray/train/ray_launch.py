@@ -19,6 +19,7 @@ from ftray.core.types import Progress, no_progress
 from ftray.data.store import Folder
 from ftray.train.check import check_model
 from ftray.train.io import LocalIO, Record
+from ftray.train.opaque.context import FOLDER as TRAINER
 from ftray.train.run import Result
 from ftray.train.track.jsonl import FILE
 from ftray.train.worker import train
@@ -62,7 +63,7 @@ def launch(
         FtrayError: what the run itself raised, also from inside a worker.
     """
     run_dir = run_dir_of(recipe).resolve()
-    if not resume and any((run_dir / "checkpoints").glob("step-*")):
+    if not resume and (any((run_dir / "checkpoints").glob("step-*")) or (run_dir / TRAINER).is_dir()):
         raise CheckpointError(f"{run_dir}: holds a run already; use `--resume`, or another `name`")
     check_model(recipe)  # a wrong base or adapter is told before rows are prepared and workers start
     if recipe.strategy.in_process:
@@ -119,7 +120,7 @@ def _launch_workers(
     if mistake := _mistake(run_dir):
         raise mistake
     saved = read_json(run_dir / "result.json")
-    paths = {key: Path(saved[key]) for key in ("run_dir", "checkpoint", "delta")}
+    paths = {key: Path(saved[key]) for key in ("run_dir", "checkpoint", "delta") if saved[key]}
     return Result(**{**saved, **paths})
 
 
@@ -147,6 +148,8 @@ def _prepare(recipe: Recipe, progress: Progress, cpus_per_task: float) -> tuple[
     from ftray.data.prepare import Preparation
     from ftray.data.ray_prepare import prepare, run_on_ray
 
+    if recipe.trainer is not None:
+        return "", None, None  # it reads the rows itself
     data, tokenizer = recipe.data, recipe.model.tokenizer
     validation = prepare(data, tokenizer, "validation", progress) if data.validation else None
     if not data.stream:

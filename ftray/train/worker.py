@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ftray.config.recipe import Recipe
-from ftray.core.errors import TrainError
+from ftray.core.errors import ConfigError, TrainError
 from ftray.optim.first_order import FirstOrder, StepReport
 from ftray.train.build import build_model, choose_precision
 from ftray.train.checkpoint import Checkpoints, State, run_identity
@@ -42,6 +42,11 @@ def train(
     Raises:
         TrainError: if the loss or the gradient stops being finite and the recipe says to stop.
     """
+    if recipe.trainer is not None:
+        if start_from is not None or stop_at is not None:
+            raise ConfigError("trainer: only whole runs of a trainer that is not ours can be made; remove it")
+        result: Result = recipe.trainer.train(recipe, io)
+        return result
     try:
         run = begin(recipe, io, start_from, accept_changed_data)
         try:

@@ -1,0 +1,1 @@
+"""Trainers of others, run with our rows, tracking, lineage and delta output."""
