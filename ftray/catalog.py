@@ -40,6 +40,7 @@ METHODS: dict[str, dict[str, str]] = {
     "strategy": {
         "single": "ftray.strategy.single:Single",
         "ddp": "ftray.strategy.ddp:DDP",
+        "deepspeed": "ftray.strategy.deepspeed:DeepSpeed",
         "fsdp": "ftray.strategy.fsdp:FSDP",
     },
     "tracker": {

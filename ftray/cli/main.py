@@ -32,6 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "list": ("ftray.cli.list:command", "List what the registry holds."),
     "show": ("ftray.cli.show:command", "Show a published delta and its lineage."),
     "check": ("ftray.cli.check:command", "Check a recipe before any hardware is taken."),
+    "doctor": ("ftray.cli.doctor:command", "Say what this machine or cluster has, and what would stumble."),
     "version": ("ftray.cli.version:command", "Print the versions of ftray and of what it stands on."),
 }
 

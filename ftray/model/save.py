@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from ftray.core.fs import write_json
 from ftray.model.convert import revert
 from ftray.model.score import is_saved, saved_config
+from ftray.model.shard import whole_shape
 from ftray.model.tensor_file import Layout, TensorFile, num_bytes
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -36,7 +37,9 @@ def save_model(model: Any, tensors: Iterable[tuple[str, torch.Tensor]], folder: 
     _save_config(model, folder)
     parameters = {name: p for name, p in model.named_parameters() if is_saved(model, name)}
     buffers = _persistent_buffers(model)
-    empty = ((name, torch.empty(p.shape, dtype=p.dtype, device="meta")) for name, p in parameters.items())
+    empty = (
+        (name, torch.empty(whole_shape(p), dtype=p.dtype, device="meta")) for name, p in parameters.items()
+    )
     plan = {
         key: (t.dtype, tuple(t.shape)) for key, t in revert(model, itertools.chain(empty, buffers.items()))
     }

@@ -15,6 +15,14 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Shape of the whole tensor, whatever this rank holds of it.
+
+    DeepSpeed's stage 3 leaves an empty tensor in a parameter's place and keeps its real shape beside it.
+    """
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def region(tensor: torch.Tensor) -> Region:
     """Where this rank's part lies in the whole tensor; its shape has a 0 if the rank holds nothing of it."""
     if not isinstance(tensor, DTensor):

@@ -14,7 +14,10 @@ from ftray.optim.groups import ParamGroup, check_patterns, fuses, parameter_grou
 class Muon:
     """Orthogonalised momentum on hidden 2-D weights; AdamW on embeddings, the head and vectors."""
 
-    needs: ClassVar[Mapping[str, str]] = {"whole_matrices": "orthogonalises whole matrices"}
+    needs: ClassVar[Mapping[str, str]] = {
+        "whole_matrices": "orthogonalises whole matrices",
+        "local_optimizer": "steps matrices and the rest by two optimisers",
+    }
 
     learning_rate: float = Field(default=0.02, gt=0)
     """Base learning rate of the matrices."""

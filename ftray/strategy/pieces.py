@@ -22,7 +22,8 @@ from ftray.strategy.base import Optimizers, Parameters
 
 LAYOUT = "pieces"
 _INDEX = "pieces"
-_SEPARATOR = "::"
+SEPARATOR = "::"
+"""Between a parameter's name and the name of a part of its optimiser's state."""
 Files = Mapping[str, dict[str, torch.Tensor]]
 
 
@@ -91,7 +92,7 @@ def state_tensors(parameters: Parameters, optimizers: Optimizers) -> dict[str, t
                     continue  # SGD's momentum before its first step with one
                 is_tensor = isinstance(value, torch.Tensor)
                 tensor = value if is_tensor else torch.tensor(value, dtype=torch.float64)
-                tensors[f"{names[id(parameter)]}{_SEPARATOR}{key}"] = tensor.detach()
+                tensors[f"{names[id(parameter)]}{SEPARATOR}{key}"] = tensor.detach()
     return tensors
 
 
@@ -107,14 +108,15 @@ class Reader:
     def __init__(self, folder: Path, kind: str, files: Sequence[str]) -> None:
         self._folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._pieces: dict[str, list[tuple[Path, tuple[int, ...]]]] = {}
+        self._pieces: dict[str, list[tuple[Path, str, tuple[int, ...]]]] = {}
         for name in files:
             if name.startswith(f"{kind}-"):
                 with safe_open(folder / name, "pt") as opened:
                     index = json.loads((opened.metadata() or {})[_INDEX])
-                for tensor, where in index.items():
+                for key, where in index.items():
+                    tensor = where.get("of", key)  # a file may have several pieces of one
                     self.shapes[tensor] = tuple(where["shape"])
-                    piece = (folder / name, tuple(where["offset"]))
+                    piece = (folder / name, key, tuple(where["offset"]))
                     self._pieces.setdefault(tensor, []).append(piece)
 
     def read(self, name: str, part: Region | None = None) -> torch.Tensor:
@@ -126,10 +128,10 @@ class Reader:
         offset, shape = part or ((0,) * len(self.shapes[name]), self.shapes[name])
         found: torch.Tensor | None = None
         covered = 0
-        for file, begin in self._pieces[name]:
+        for file, key, begin in self._pieces[name]:
             # Closed after each piece, so that its pages can go.
             with safe_open(file, "pt") as opened:
-                piece = opened.get_slice(name)
+                piece = opened.get_slice(key)
                 size = piece.get_shape()
                 low = [max(o, b) for o, b in zip(offset, begin, strict=True)]
                 ends = zip(offset, shape, begin, size, strict=True)
@@ -137,7 +139,7 @@ class Reader:
                 if any(a >= b for a, b in zip(low, high, strict=True)):
                     continue
                 there = tuple(slice(a - b, c - b) for a, b, c in zip(low, begin, high, strict=True))
-                data = piece[there] if there else opened.get_tensor(name)
+                data = piece[there] if there else opened.get_tensor(key)
             here = tuple(slice(a - o, c - o) for a, o, c in zip(low, offset, high, strict=True))
             if found is None:
                 found = torch.empty(shape, dtype=data.dtype)
@@ -150,6 +152,30 @@ class Reader:
         return found
 
 
+def open_trainable(
+    folder: Path, manifest: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> Reader:
+    """The saved parameters, which must be those that train now.
+
+    Raises:
+        CheckpointError: if it has another layout, or other tensors.
+    """
+    if manifest["layout"] != LAYOUT:
+        raise CheckpointError(
+            f"{folder}: was saved by another kind of strategy (layout {manifest['layout']!r}); "
+            "go on with that strategy, or convert it"
+        )
+    reader = Reader(folder, "trainable", manifest["files"])
+    if reader.shapes.keys() != shapes.keys():
+        odd = sorted(reader.shapes.keys() ^ shapes.keys())[0]
+        raise CheckpointError(f"{folder}: `{odd}` is trained on one side only; the recipe is another one")
+    for name, shape in shapes.items():
+        if reader.shapes[name] != shape:
+            had = f"had shape {reader.shapes[name]}, now it has {shape}"
+            raise CheckpointError(f"{folder}: `{name}` {had}; the recipe is another one")
+    return reader
+
+
 def restore(
     folder: Path, manifest: Mapping[str, Any], parameters: Parameters, optimizers: Optimizers
 ) -> None:
@@ -158,20 +184,9 @@ def restore(
     Raises:
         CheckpointError: if it has another layout, or other tensors than train now.
     """
-    if manifest["layout"] != LAYOUT:
-        raise CheckpointError(
-            f"{folder}: was saved by another kind of strategy (layout {manifest['layout']!r}); "
-            "go on with that strategy, or convert it"
-        )
-    trainable = Reader(folder, "trainable", manifest["files"])
-    if trainable.shapes.keys() != parameters.keys():
-        odd = sorted(trainable.shapes.keys() ^ parameters.keys())[0]
-        raise CheckpointError(f"{folder}: `{odd}` is trained on one side only; the recipe is another one")
+    trainable = open_trainable(folder, manifest, {n: tuple(p.shape) for n, p in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if trainable.shapes[name] != tuple(parameter.shape):
-                shapes = f"{trainable.shapes[name]}, now it has {tuple(parameter.shape)}"
-                raise CheckpointError(f"{folder}: `{name}` had shape {shapes}; the recipe is another one")
             if local(parameter).numel():
                 local(parameter).copy_(trainable.read(name, region(parameter)))
     _restore_state(Reader(folder, "optimizer", manifest["files"]), parameters, optimizers)
@@ -184,7 +199,7 @@ def _restore_state(reader: Reader, parameters: Parameters, optimizers: Optimizer
             for parameter in group["params"]:
                 owners.setdefault(id(parameter), []).append(optimizer)
     for name, shape in reader.shapes.items():
-        parameter_name, _, key = name.rpartition(_SEPARATOR)
+        parameter_name, _, key = name.rpartition(SEPARATOR)
         parameter = parameters[parameter_name]
         # An optimiser that shares its parameters with another names the state that is its own.
         owner = min(owners[id(parameter)], key=lambda found: key not in getattr(found, "own_keys", ()))

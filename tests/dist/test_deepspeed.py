@@ -1,0 +1,174 @@
+"""DeepSpeed's ZeRO trains what one process trains, and its checkpoints are everybody's."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from ftray.config.recipe import Recipe
+from ftray.testing.ranks import on_ranks
+from ftray.testing.tiny import tiny_base
+from ftray.train.io import LocalIO
+from ftray.train.run import Result
+from ftray.train.track.jsonl import read_records
+from ftray.train.worker import train
+from tests.recipes import MakeRecipe
+
+STAGES = (1, 2, 3)
+# Four rows, one in a pass: two micro batches on each of two ranks.
+ACCUMULATE: dict[str, Any] = {"train__per_device_train_batch_size": 1, "optim__weight_decay": 0.1}
+
+
+def train_here(recipe: Recipe, stop_at: int | None = None) -> Result:
+    return train(recipe, LocalIO(Path(recipe.output_dir) / recipe.name), stop_at=stop_at)
+
+
+def train_each(recipes: list[Recipe], stop_at: int | None = None) -> list[Result]:
+    return [train_here(recipe, stop_at) for recipe in recipes]
+
+
+def curve(recipe: Recipe) -> list[tuple[float, float]]:
+    records = read_records(Path(recipe.output_dir) / recipe.name / "metrics.jsonl")
+    return [(record["loss"], record["grad_norm"]) for record in records if "grad_norm" in record]
+
+
+def zero(stage: int, **settings: Any) -> dict[str, Any]:
+    """The strategy; in stage 3 nothing stays whole because it is small."""
+    if stage == 3:
+        settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}, **settings}
+    return {"type": "deepspeed", "zero_stage": stage, "num_workers": 2, **settings}
+
+
+def test_every_stage_equals_one_process(make_recipe: MakeRecipe) -> None:
+    """Losses and gradient norms of several steps, with accumulation, clipping and weight decay at work."""
+    alone, recipes = {}, []
+    for adapt in ("lora", "full"):
+        common = {"adapt": adapt, "train__max_grad_norm": 0.5, **ACCUMULATE}
+        one = make_recipe(f"one-{adapt}", **common)
+        result = train_here(one)
+        alone[adapt] = (curve(one), result)
+        assert min(norm for _, norm in curve(one)) > 0.5  # it is clipped
+        recipes += [make_recipe(f"zero-{s}-{adapt}", strategy=zero(s), **common) for s in STAGES]
+        offload = zero(3, offload_optimizer_device="cpu", offload_param_device="cpu")
+        recipes.append(make_recipe(f"offload-{adapt}", strategy=offload, **common))
+    found, _ = on_ranks(2, train_each, recipes)
+    for recipe, result in zip(recipes, found, strict=True):
+        reference, single = alone[recipe.name.rpartition("-")[2]]
+        for mine, its in zip(curve(recipe), reference, strict=True):
+            assert mine == pytest.approx(its, rel=1e-5), recipe.name
+        assert result.metrics["eval_loss"] == pytest.approx(single.metrics["eval_loss"], rel=1e-4)
+        assert (result.step, result.tokens) == (single.step, single.tokens)
+        assert_loads(recipe, result, single)
+
+
+def assert_loads(recipe: Recipe, result: Result, single: Result) -> None:
+    """Plain PEFT and transformers load the delta, and it answers as that of one process does."""
+    ids = torch.arange(2, 60)[None]
+    logits = []
+    for delta in (result.delta, single.delta):
+        assert delta is not None
+        if (delta / "adapter_config.json").exists():
+            base = AutoModelForCausalLM.from_pretrained(recipe.model.model_name_or_path)
+            model: Any = PeftModel.from_pretrained(base, str(delta))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(delta)
+        logits.append(model.eval()(ids).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_what_else_may_be_in_a_recipe(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Recomputed layers, a bfloat16 base, a head of its own with a rank that has no rows, other layers."""
+    untied = str(tiny_base(tmp_path / "qwen3", "qwen3"))
+    gpt2 = str(tiny_base(tmp_path / "gpt2", "gpt2"))
+    cases: dict[str, dict[str, Any]] = {
+        "recompute": {"adapt": "full", "train__gradient_checkpointing": True},
+        "recompute-lora": {"train__gradient_checkpointing": True},
+        "half": {"model__dtype": "bfloat16"},
+        "uneven": {"adapt": "full", "train__global_batch_size": 3, "model__model_name_or_path": untied},
+        "gpt2": {"adapt": "full", "model__model_name_or_path": gpt2},
+        "autocast": {"adapt": "full", "train__bf16": True},
+        "timed": {"adapt": "full", "train__bf16": "auto"},
+    }
+    recipes = []
+    for name, changes in cases.items():
+        train_here(make_recipe(f"{name}-one", **{**ACCUMULATE, **changes}))
+        recipes += [make_recipe(f"{name}-{s}", **{**ACCUMULATE, **changes}, strategy=zero(s)) for s in STAGES]
+    on_ranks(2, train_each, recipes)
+    for recipe in recipes:
+        name = recipe.name.rpartition("-")[0]
+        reference = curve(make_recipe(f"{name}-one"))
+        # With `auto`, one may have found bfloat16 faster and the other not.
+        tolerance = 2e-2 if name == "timed" else 5e-3 if name in ("half", "autocast") else 1e-5
+        for mine, its in zip(curve(recipe), reference, strict=True):
+            assert mine[0] == pytest.approx(its[0], rel=tolerance), recipe.name
+
+
+def scenario(recipes: dict[str, Recipe]) -> None:
+    for name, recipe in recipes.items():
+        if name.startswith("parts"):
+            train_here(recipe, stop_at=3)
+        train_here(recipe)
+
+
+def test_goes_on_as_if_never_stopped_and_skips_what_is_not_finite(make_recipe: MakeRecipe) -> None:
+    recipes, skip = {}, {"adapt": "full", "train__nan_policy": "skip", **ACCUMULATE}
+    for stage in STAGES:
+        common = {"strategy": zero(stage), "train__max_steps": 5, **skip}
+        objective = {"type": "tests.slow_objective:Infinite"}
+        for name, changes in {
+            f"whole-{stage}": {},
+            f"parts-{stage}": {},
+            f"infinite-{stage}": {"objective": objective, "train__max_steps": 2},
+            f"exploding-{stage}": {"optim__learning_rate": 1e30},
+        }.items():
+            recipes[name] = make_recipe(name, **{**common, **changes})
+    on_ranks(2, scenario, recipes)
+    for stage in STAGES:
+        assert curve(recipes[f"parts-{stage}"]) == curve(recipes[f"whole-{stage}"])
+        assert skips(recipes[f"infinite-{stage}"]) == [1, 1]
+        assert_untouched(recipes[f"infinite-{stage}"])
+        assert sum(skips(recipes[f"exploding-{stage}"])) >= 2
+
+
+def skips(recipe: Recipe) -> list[int]:
+    records = read_records(Path(recipe.output_dir) / recipe.name / "metrics.jsonl")
+    return [record["skipped"] for record in records if "skipped" in record]
+
+
+def assert_untouched(recipe: Recipe) -> None:
+    """No weight has moved."""
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.model_name_or_path)
+    trained = AutoModelForCausalLM.from_pretrained(Path(recipe.output_dir) / recipe.name / "delta")
+    for (name, was), now in zip(base.named_parameters(), trained.parameters(), strict=True):
+        assert torch.equal(was, now), name
+
+
+LEGS: list[list[tuple[Any, int]]] = [
+    [(zero(3), 2), (zero(2, num_workers=3), 4), ("single", 6)],
+    [("single", 2), (zero(1), 4), ({"type": "fsdp", "num_workers": 2}, 6), (zero(3), 8)],
+]
+
+
+@pytest.mark.parametrize(
+    "legs", [LEGS[0], pytest.param(LEGS[1], marks=pytest.mark.slow)], ids=["worlds", "strategies"]
+)
+def test_one_curve_over_stages_worlds_and_strategies(
+    make_recipe: MakeRecipe, legs: list[tuple[Any, int]]
+) -> None:
+    """A run goes on at another world size, at another stage, without DeepSpeed, and with it again."""
+    common = {"adapt": "full", "train__max_steps": legs[-1][1], "train__save_steps": 2, **ACCUMULATE}
+    whole = make_recipe("whole", **common)
+    train_here(whole)
+    for strategy, stop in legs:
+        recipe = make_recipe("parts", strategy=strategy, **common)
+        if recipe.strategy.in_process:
+            train_here(recipe, stop)
+        else:
+            on_ranks(recipe.strategy.num_workers, train_here, recipe, stop)
+    for (loss, norm), (loss_of_whole, norm_of_whole) in zip(curve(recipe), curve(whole), strict=True):
+        assert loss == pytest.approx(loss_of_whole, rel=1e-5)
+        assert norm == pytest.approx(norm_of_whole, rel=1e-4)
