@@ -1,6 +1,7 @@
 """A recipe's model, and the precision it is trained in."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from ftray.config.recipe import ModelConfig, Recipe
 from ftray.core.errors import ModelError
 from ftray.model.build import build_structure, load_weights, move_rest
 from ftray.model.folder import resolve_folder
+from ftray.optim.ema import Ema
 from ftray.optim.first_order import FirstOrder
 from ftray.train.checkpoint import State
 from ftray.train.feed import Feed
@@ -32,6 +34,15 @@ def place(recipe: Recipe, model: Any, config: ModelConfig) -> Any:
         load_weights(model, resolve_folder(config.model_name_or_path), device, recipe.strategy.keep_part)
     move_rest(model, device)
     return model
+
+
+def build_optimizers(
+    recipe: Recipe, parameters: Mapping[str, torch.nn.Parameter]
+) -> list[torch.optim.Optimizer]:
+    """The recipe's optimisers, and behind them what averages the weights they make."""
+    optimizers: list[torch.optim.Optimizer] = recipe.optim.build(parameters)
+    decay = recipe.train.ema_decay
+    return optimizers if decay is None else [*optimizers, Ema(parameters.values(), decay)]
 
 
 def surely_bf16(recipe: Recipe) -> bool:
