@@ -33,6 +33,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "show": ("ftray.cli.show:command", "Show a published delta and its lineage."),
     "check": ("ftray.cli.check:command", "Check a recipe before any hardware is taken."),
     "doctor": ("ftray.cli.doctor:command", "Say what this machine or cluster has, and what would stumble."),
+    "plan": (
+        "ftray.cli.plan:command",
+        "Say what a run will need: steps, tokens, memory; nothing is allocated.",
+    ),
     "version": ("ftray.cli.version:command", "Print the versions of ftray and of what it stands on."),
 }
 
@@ -92,6 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a verb; a user's mistake becomes one line on stderr and exit code 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    if arguments is None and words[:1] == ["run"]:
+        from ftray.cluster.allocator import restart_for
+
+        restart_for(words[1:])
     words = [word for word in words if word != "--debug"]
     sys.argv[1:] = words
     # `package.module:attr` in a recipe means the user's own code, which is where the user stands.

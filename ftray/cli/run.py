@@ -12,14 +12,20 @@ def command(
     accept_changed_data: Annotated[
         bool, typer.Option(help="With --resume: go on though the rows, the seed or the batch size changed.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option(help="Write a torch trace of three steps of every rank; name the slowest of them.")
+    ] = False,
 ) -> None:
     """Train one recipe."""
     from ftray.cli.screen import out, run_bars
     from ftray.config.load import load
     from ftray.config.recipe import Recipe
+    from ftray.core.spec import replace
     from ftray.data.read import counts_line
 
     spec = load(Recipe, recipe, overrides or [])
+    if profile and spec.train.profile_steps is None:
+        spec = replace(spec, "train.profile_steps", 3)
     from ftray.train.ray_launch import (
         launch,
     )  # after the recipe: a mistake in it is told without waiting for Ray
@@ -32,6 +38,11 @@ def command(
             on_record=on_record,
             on_prepare=on_prepare,
         )
+    if spec.train.profile_steps is not None:
+        from ftray.train.profile import summarise
+
+        for line in summarise(result.run_dir):
+            out.print(line, highlight=False, soft_wrap=True)
     out.print(f"data: {counts_line(result.rows)}", highlight=False, soft_wrap=True)
     shown = "  ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
     out.print(f"{spec.name}: {result.step} steps, {result.tokens:,} tokens  {shown}", highlight=False)

@@ -39,15 +39,35 @@ def run_bars(name: str) -> Iterator[tuple[Report, Callable[[dict[str, Any]], Non
             progress.update(rows, completed=done, total=total, visible=True)
 
         def on_record(record: dict[str, Any]) -> None:
-            parts = [f"train {name}", f"step {record['step']}"]
-            if record.get("loss") is not None:
-                parts.append(f"loss {record['loss']:.3f}")
-            if "tokens_per_s" in record:
-                parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")
+            parts = [f"train {name}", *record_words(record)]
             done = record.get("progress", 0.0)
             progress.update(steps, completed=done, description="  ".join(parts), visible=True)
 
         yield on_prepare, on_record
+
+
+def record_words(record: dict[str, Any]) -> list[str]:
+    """A record of metrics as the live line shows it: step, loss, speed, fraction of the peak, memory, time left."""
+    words = [f"step {record['step']}"]
+    for key, shown in _SHOWN.items():
+        if record.get(key) is not None:
+            words.append(shown(record[key]))
+    return words
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "loss": lambda value: f"loss {value:.3f}",
+    "step_tokens_per_s": lambda value: f"{value:,.0f} tokens/s",
+    "fraction_of_peak": lambda value: f"{value:.0%} of peak",
+    "memory_gib": lambda value: f"{value:.1f} GiB",
+    "eta_s": lambda value: f"{_clock(value)} left",
+}
 
 
 def _progress() -> Progress:

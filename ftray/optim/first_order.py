@@ -34,6 +34,10 @@ class StepReport:
     """Tokens seen, over all ranks."""
     targets: float
     """Sum of the weights of the first term."""
+    num_targets: int = 0
+    """Tokens among them whose prediction entered the loss."""
+    squared_lengths: float = 0.0
+    """Sum of the squares of the documents' lengths: what attention costs grows with it."""
 
 
 class FirstOrder:
@@ -69,7 +73,7 @@ class FirstOrder:
 
     def step(self, batches: Sequence[Batch], scale: float) -> StepReport:
         """One optimiser step over this rank's micro batches, at `scale` times the base learning rate."""
-        names, weights, tokens = self._totals(batches)
+        names, weights, counts = self._totals(batches)
         sums = torch.zeros(len(names), dtype=torch.float64)
         for batch in batches:
             loss, batch_sums = self._forward(batch, names, weights)
@@ -85,7 +89,17 @@ class FirstOrder:
         update = self.strategy.update(
             list(self.parameters.values()), self.optimizers, self.max_grad_norm, sound=math.isfinite(total)
         )
-        return StepReport(total, means, update.grad_norm, update.applied, tokens, float(weights[0]))
+        tokens, targets, squares = counts
+        return StepReport(
+            total,
+            means,
+            update.grad_norm,
+            update.applied,
+            int(tokens),
+            float(weights[0]),
+            num_targets=int(targets),
+            squared_lengths=squares,
+        )
 
     def time_s(self, batch: Batch, bf16: bool, repeats: int = 2) -> float:
         """Seconds of one forward and backward pass in a precision, the best of `repeats` after a first one.
@@ -117,15 +131,18 @@ class FirstOrder:
             sums += self._forward(batch, names, torch.ones_like(weights))[1]
         return sums, weights
 
-    def _totals(self, batches: Sequence[Batch]) -> tuple[list[str], torch.Tensor, int]:
+    def _totals(self, batches: Sequence[Batch]) -> tuple[list[str], torch.Tensor, list[float]]:
+        """Names and global weights of the terms; tokens, targets and squared document lengths."""
         names = list(self.objective.weights(batches[0]))
-        local = torch.zeros(len(names) + 1, dtype=torch.float64)
+        local = torch.zeros(len(names) + 3, dtype=torch.float64)
         for batch in batches:
-            local[:-1] += torch.tensor(list(self.objective.weights(batch).values()), dtype=torch.float64)
-            local[-1] += batch.num_tokens
+            lengths = batch.cu_seq_lens.diff().double()
+            counts = [batch.num_tokens, batch.num_targets, float(lengths.square().sum())]
+            values = [*self.objective.weights(batch).values(), *counts]
+            local += torch.tensor(values, dtype=torch.float64)
         totals = self.strategy.sum(local)
         # A step whose rows hold no target at all (possible with tiny batches) has zero loss, not 0/0.
-        return names, totals[:-1].clamp(min=1e-30), int(totals[-1])
+        return names, totals[:-3].clamp(min=1e-30), totals[-3:].tolist()
 
     def _forward(
         self, batch: Batch, names: Sequence[str], weights: torch.Tensor

@@ -40,6 +40,7 @@ class FSDP(Workers, OwnStep):
     """
 
     lacks: ClassVar[Mapping[str, str]] = {"whole_matrices": "each worker holds a few rows of every matrix"}
+    shards: ClassVar[frozenset[str]] = frozenset({"weights", "gradients", "optimizer"})
 
     reshard_after_forward: bool = True
     """Drop a layer's whole weights after its forward pass and gather them again for its backward pass; false keeps

@@ -1,24 +1,17 @@
 """`ftray check`: what a run would stumble over, found before any hardware is taken."""
 
-import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from ftray.config.recipe import Recipe
-from ftray.core.errors import ConfigError, DataError
-from ftray.core.spec import replace
-from ftray.data.formats.base import is_url
-from ftray.data.prepare import QUARANTINE, prepare_local
-from ftray.data.read import Shards, counts_line
-from ftray.data.source import Records, Source, find_sources, split_units
+from ftray.core.errors import ConfigError
+from ftray.data.read import counts_line
+from ftray.data.source import Source, find_sources
 from ftray.model.build import build_structure
 from ftray.model.tokenizer import load_tokenizer
 from ftray.train.kind import check_rows
 from ftray.train.roles import check_teacher
-
-_SAMPLE_BYTES = 256 << 10
+from ftray.train.sample import SAMPLE_BYTES, sample_source
 
 
 def check_recipe(recipe: Recipe) -> Iterator[str]:
@@ -52,7 +45,9 @@ def check_model(recipe: Recipe) -> str:
     recipe.objective.extend(model, recipe.seed)
     check_teacher(recipe)
     total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    recipe.optim.build(trainable)  # a pattern that matches nothing is told here
+    trained = sum(parameter.numel() for parameter in trainable.values())
     tokens, rows = len(load_tokenizer(recipe.model.tokenizer)), model.get_input_embeddings().weight.shape[0]
     if tokens > rows:
         raise ConfigError(
@@ -68,48 +63,7 @@ def check_model(recipe: Recipe) -> str:
 
 
 def _check_source(recipe: Recipe, split: str, source: Source) -> str:
-    file = source.file
-    with tempfile.TemporaryDirectory() as folder:
-        sample = Path(folder) / "rows.jsonl"
-        is_whole = _write_sample(source, {str(k): v for k, v in recipe.data.columns.items()}, sample)
-        data = replace(replace(recipe.data, "train", [str(sample)]), "cache_dir", folder)
-        if source.is_text:
-            data = replace(data, "columns", {})
-        try:
-            manifest = Shards(prepare_local(data, recipe.model.tokenizer, "train")).manifest
-        except DataError as error:
-            raise DataError(
-                _first_bad_row(Path(folder), file) or str(error).replace(str(sample), file)
-            ) from None
-    check_rows(recipe.objective, [manifest])
-    part = "all" if is_whole else f"the first {_SAMPLE_BYTES >> 10} KiB of rows"
-    return f"data.{split}: {file} ({part}): {counts_line(manifest['counts'])}"
-
-
-def _write_sample(source: Source, columns: Mapping[str, str], sample: Path) -> bool:
-    """Write the first rows as JSON lines, each in its place if it is one already; true if they are all."""
-    with sample.open("wb") as file:
-        if source.format == "jsonl" and not source.compression and not is_url(source.file):
-            with Path(source.file).open("rb") as lines:
-                file.write(lines.read(_SAMPLE_BYTES) + lines.readline())
-            return source.size_bytes <= _SAMPLE_BYTES
-        for unit in split_units([source]):
-            for record in Records(unit, columns):
-                if isinstance(record.value, dict | bytes):
-                    value = record.value
-                    line = value if isinstance(value, bytes) else json.dumps(value, default=str).encode()
-                    file.write(b" ".join(line.splitlines()) + b"\n")
-                if file.tell() >= _SAMPLE_BYTES:
-                    return False
-    return True
-
-
-def _first_bad_row(cache: Path, file: str) -> str | None:
-    """Where the first row that cannot be used is, and why; the preparation's own message names files of its own."""
-    for quarantine in cache.glob(f"train-*/{QUARANTINE}"):
-        records = [json.loads(line) for line in quarantine.read_text("utf-8").splitlines()]
-        if records:
-            first = records[0]
-            where = f"line {first['line']} (byte {first['offset']})"
-            return f"{file}: {len(records)} rows cannot be used; the first at {where}: {first['reason']}"
-    return None
+    sample = sample_source(recipe, source)
+    check_rows(recipe.objective, [sample.manifest])
+    part = "all" if sample.is_whole else f"the first {SAMPLE_BYTES >> 10} KiB of rows"
+    return f"data.{split}: {source.file} ({part}): {counts_line(sample.manifest['counts'])}"
