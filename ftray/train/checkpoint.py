@@ -60,11 +60,6 @@ class State:
     """Precision chosen when the run began; kept when it goes on."""
     loss: float | None = None
     """Loss of the last step."""
-
-
-def run_identity(recipe: Recipe, data_digest: str) -> dict[str, Any]:
-    """What says what may continue what.
-
     eval_loss: float | None = None
     """Validation loss at this very step, where it was validated."""
     best_eval_loss: float | None = None
@@ -73,6 +68,11 @@ def run_identity(recipe: Recipe, data_digest: str) -> dict[str, Any]:
     """Validations in a row that early stopping counts against its patience."""
     rollbacks: int = 0
     """Times the run went back to a checkpoint because numbers were not finite."""
+
+
+def run_identity(recipe: Recipe, data_digest: str) -> dict[str, Any]:
+    """What says what may continue what.
+
     `run`: everything that changes the numbers, but not the strategy (another world size continues the same
     curve) nor how often something is saved. `structure`: what the tensors' shapes and the rows depend on; a
     population's members share it while they differ in the rest. `data`, `seed`, `global_batch_size` and `order`
