@@ -161,6 +161,54 @@ def stats(
 
 
 @app.command()
+def export(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Argument(help="File of JSON lines to make.")],
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="Which part: `train`, `validation` or `test`.")] = "test",
+) -> None:
+    """Write the rows of a part of the corpus, as they are after the transforms: held-out rows for `ftray eval`."""
+    from typing import get_args
+
+    from ftray.cli.screen import bar
+    from ftray.cli.screen import out as screen
+    from ftray.core.errors import ConfigError
+    from ftray.data.export import Part
+    from ftray.data.export import export as write
+
+    if split not in get_args(Part):
+        raise ConfigError(f"--split: {split!r} is no part; known: {', '.join(get_args(Part))}")
+    spec = _load(recipe, overrides)
+    with bar("read") as progress:
+        count = write(spec.data, spec.model.tokenizer, split, out, progress)  # type: ignore[arg-type]
+    screen.print(f"{count:,} rows: {out}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def gc(
+    cache_dir: Annotated[
+        str, typer.Argument(help="`data.cache_dir` of your recipes.")
+    ] = "~/.cache/ftray/data",
+    days: Annotated[float, typer.Option(min=0, help="What was used in so many days stays.")] = 30,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove it; otherwise it is only listed.")] = False,
+) -> None:
+    """Find prepared data that no run uses and nothing has used for some days."""
+    from ftray.cli.screen import out
+    from ftray.data.gc import find_garbage
+
+    found = find_garbage(cache_dir, days)
+    for folder in found.datasets:
+        out.print(str(folder), highlight=False, soft_wrap=True)
+    size = f"{found.size_bytes / 1e6:,.1f} MB"
+    what = f"{len(found.datasets)} data sets and {len(found.files)} files of shards, {size}"
+    if remove:
+        found.remove()
+        out.print(f"removed: {what}; {found.kept} data sets stay", highlight=False)
+    else:
+        out.print(f"not needed: {what}; {found.kept} data sets stay; `--remove` removes it", highlight=False)
+
+
+@app.command()
 def tokenizer(
     files: Files,
     out: Annotated[Path, typer.Option(help="Folder to make.")],

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from ftray.config.recipe import RowField
 from ftray.core.spec import Piece, spec
 
 
@@ -15,6 +16,8 @@ class EvalConfig:
     """Folder or Hub id of the base model."""
     rows: str
     """JSON lines of rows; the last answer of each is what is expected."""
+    columns: dict[RowField, str] = Field(default_factory=dict)
+    """Where the rows hold what, if not under the known names, as `data.columns`; for `train_rows` too."""
     train_rows: str = ""
     """Training rows, for the best constant answer and the allowed answers; empty: taken from `rows`."""
     deltas: list[str] = Field(default_factory=list)

@@ -24,6 +24,11 @@ def _is_barrier(transform: Any) -> bool:
     return hasattr(transform, "keys") and hasattr(transform, "keep")
 
 
+def _looks_ahead(transform: Any) -> bool:
+    """True for a barrier that is no `ftray.data.transform.base.RunningBarrier`."""
+    return _is_barrier(transform) and not hasattr(transform, "running")
+
+
 def is_read_time(transform: Any) -> bool:
     """True for a transform of packed rows, which says `stage = "read"`; any other is one of preparation."""
     return getattr(transform, "stage", "prepare") == "read"
@@ -148,7 +153,9 @@ class DataConfig:
             raise ConfigError(
                 f"transforms: `{name}` is applied when prepared rows are read; put it behind those of preparation"
             )
-        barriers = [catalog.name_of(type(item)) or type(item).__name__ for item in built if _is_barrier(item)]
+        barriers = [
+            catalog.name_of(type(item)) or type(item).__name__ for item in built if _looks_ahead(item)
+        ]
         if not self.validation and any(_draws_validation(item) for item in built):
             object.__setattr__(self, "validation", list(self.train))
         if self.stream and self.mixture:
@@ -282,6 +289,10 @@ class Recipe:
         if self.data.stream and self.train.num_train_epochs is not None:
             raise ConfigError(
                 "train.num_train_epochs: with `data.stream` the number of rows is not known; set `max_steps`"
+            )
+        if self.data.drop_consumed and self.train.save_steps is None:
+            raise ConfigError(
+                "data.drop_consumed: windows are dropped once a checkpoint lies behind them; set `train.save_steps`"
             )
         if not is_name(self.name):
             raise ConfigError(

@@ -8,6 +8,7 @@ last turn with another token) gives a conversation several documents, each answe
 A special token spelt out in a message is text of that message: it never ends a turn or opens one.
 """
 
+import datetime
 import functools
 import re
 from collections.abc import Sequence
@@ -20,6 +21,14 @@ from ftray.data.spans import BadRow, Span
 
 # Private-use characters stand for special tokens' spellings while a template is rendered.
 _FIRST_MARK, _LAST_MARK = 0xF0000, 0x10FFFD
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
+"""What a template that prints today's date prints, at training and at serving: the default of Llama 3's."""
+_STRFTIME = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{code}', '{TEMPLATE_DATE.strftime(f'%{code}')}')" for code in "aAbBdHIjmMpSyY")
+    + " }}{% endmacro %}"
+)
+"""Takes the place of the function of that name that templates find, which tells today's date."""
 _PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 # A template is a program; on a row it was not written for it may fail in any of these ways.
 _FAILURES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
@@ -151,12 +160,23 @@ class ChatTemplate:
         try:
             return str(
                 self._hf.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
+                    messages,
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                    chat_template=self._undated(tools),
                 )
             )
         except (TemplateError, *_FAILURES) as error:
             reason = " ".join(str(error).split())[:200]
             raise BadRow(f"the chat template refuses it: {reason}") from None
+
+    def _undated(self, tools: list[Any] | None) -> str | None:
+        """The template with a date that is always the same, if it prints today's; None: as it is."""
+        if "strftime_now" not in str(self._hf.chat_template):
+            return None
+        # What is behind the macro keeps a line break that a block would take from the template.
+        return f"{_STRFTIME}{{{{ '' }}}}{self._hf.get_chat_template(tools=tools)}"
 
     def _mark(self, texts: list[str]) -> tuple[list[str], dict[str, str]]:
         """Texts with one character in place of each special token's spelling, and what each stands for."""

@@ -6,22 +6,41 @@
 <split>-<digest>/stamps.json                     sizes and times of the shards when they were last known good
 """
 
+import contextlib
 import json
+import os
 import posixpath
+import socket
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from ftray.core.errors import DataError
 from ftray.data.pairs import are_pairs
-from ftray.data.read import MANIFEST, window_name
-from ftray.data.store import Folder, Store
+from ftray.data.read import MANIFEST, STAMPS, window_name
+from ftray.data.store import Folder, Store, open_store, split_folder
 from ftray.data.work import Outcome
 
 QUARANTINE = "quarantine.jsonl"
 READER = "reader.json"
 """How far a run has come that reads the data set while it grows."""
-_STAMPS = "stamps.json"
+
+
+PREPARING = "preparing.json"
+"""Who prepares the data set; not there when nobody does."""
+USED = "used.json"
+"""When it was used last, and by which runs."""
+
+
+def mark_used(folder: Folder, run_dir: Path | None = None) -> None:
+    """Tell whoever clears the cache that a data set is in use, and by which run."""
+    parent, name = split_folder(folder)
+    store = open_store(parent)
+    known = store.read_json(f"{name}/{USED}") or {}
+    runs = {*known.get("runs", []), *([str(run_dir.absolute())] if run_dir else [])}
+    store.write_json(f"{name}/{USED}", {"at": time.time(), "runs": sorted(runs)})
 
 
 class Dataset:
@@ -49,7 +68,17 @@ class Dataset:
         if not isinstance(manifest, dict):
             return False
         stamps = self._stamps(manifest["shards"])
-        return None not in stamps.values() and bool(self.store.read_json(f"{self.name}/{_STAMPS}") == stamps)
+        return None not in stamps.values() and bool(self.store.read_json(f"{self.name}/{STAMPS}") == stamps)
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Says for the time of a block that the data set is being prepared."""
+        told = {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time()}
+        self.store.write_json(f"{self.name}/{PREPARING}", told)
+        try:
+            yield
+        finally:
+            self.store.remove(f"{self.name}/{PREPARING}")
 
     def forget(self) -> None:
         """Remove the manifest and the windows of an earlier preparation, whose shards may be gone."""
@@ -102,7 +131,7 @@ class Dataset:
             "shards": shards,
         }
         self.store.write_json(f"{self.name}/{MANIFEST}", content)
-        self.store.write_json(f"{self.name}/{_STAMPS}", stamps)
+        self.store.write_json(f"{self.name}/{STAMPS}", stamps)
 
     def check_counts(self, patterns: Sequence[str], max_quarantine: float) -> None:
         """Refuse a data set with nothing in it or with too many quarantined rows."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from ftray.core.errors import DataError
 from ftray.core.fs import digest_file, digest_json
-from ftray.data.store import Folder, Store, is_url
+from ftray.data.store import Folder, Store, is_url, remote_errors
 
 _MEMORY = "digests.json"
 
@@ -47,10 +47,11 @@ def _remote(url: str) -> dict[str, Any]:
     import fsspec
 
     try:
-        system, path = fsspec.core.url_to_fs(url)
-        info = system.info(path)
-    except (OSError, ImportError, ValueError) as error:
-        raise DataError(f"{url}: cannot be read ({' '.join(str(error).split())}); check the URL") from None
+        with remote_errors(url):
+            system, path = fsspec.core.url_to_fs(url)
+            info = system.info(path)
+    except FileNotFoundError:
+        raise DataError(f"{url}: is not there any more; check the URL") from None
     version = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created")
     identity = {"url": url, "size_bytes": info["size"], "version": str(version)}
     return {"file": url, "size_bytes": info["size"], "digest": digest_json(identity)}

@@ -7,7 +7,7 @@ units that are missing (`units.py`). Rows in = documents + filtered + quarantine
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from ftray.config.recipe import DataConfig
@@ -15,13 +15,13 @@ from ftray.core.errors import DataError
 from ftray.core.fs import digest_json
 from ftray.core.spec import dump
 from ftray.core.types import Progress, no_progress
-from ftray.data.dataset import QUARANTINE, Dataset, Prefix
+from ftray.data.dataset import QUARANTINE, Dataset, Prefix, mark_used
 from ftray.data.fingerprint import fingerprints
 from ftray.data.read import FORMAT_VERSION
 from ftray.data.source import UNIT_BYTES, Unit, find_sources, split_units
 from ftray.data.store import Folder, open_store
 from ftray.data.tokenise import Tokeniser, tokeniser
-from ftray.data.transform.base import Barrier, Mask
+from ftray.data.transform.base import Barrier, Decider, Mask
 from ftray.data.transform.split import part_of
 from ftray.data.units import load_outcome, prepare_unit, unit_key
 from ftray.data.work import Outcome, Plan, Runner, Task, run_here
@@ -127,35 +127,61 @@ class Preparation:
             Stopped: if `stop` said so.
         """
         if not self.dataset.is_whole():
-            self.dataset.commit(self._run_units(run, progress, stop))
+            with self.dataset.preparing():
+                self.dataset.commit(self._run_units(run, progress, stop))
         self.dataset.check_counts(self.patterns, self.data.max_quarantine)
+        mark_used(self.folder)
         return self.folder
 
-    def _run_units(self, run: Runner, progress: Progress, stop: Callable[[], bool]) -> list[Outcome]:
-        """Outcomes of all units in their order; one pass for each barrier, then the final one."""
+    def decided(
+        self, run: Runner = run_here, progress: Progress = no_progress
+    ) -> list[tuple[Unit, tuple[Mask, ...]]]:
+        """All units with what the barriers decided about their rows."""
+        found: list[tuple[Unit, tuple[Mask, ...]]] = [(unit, ()) for unit in self.units]
         places = [i for i, transform in enumerate(self.plan.transforms) if isinstance(transform, Barrier)]
+        for number, place in enumerate(places):
+            masks = [mask for _, mask in found]
+            outcomes = sorted(self._pass(run, place, self.units, masks), key=lambda o: o.unit.index)
+            decided = self.plan.transforms[place].keep([outcome.keys or [] for outcome in outcomes])  # type: ignore[union-attr]
+            found = [(unit, (*mask, new)) for (unit, mask), new in zip(found, decided, strict=True)]
+            progress(number + 1, len(places))
+        return found
+
+    def _run_units(self, run: Runner, progress: Progress, stop: Callable[[], bool]) -> list[Outcome]:
+        """Outcomes of all units in their order; one pass for each barrier, then the final one.
+
+        A stream makes these passes over a window of units at a time.
+        """
+        places = [i for i, transform in enumerate(self.plan.transforms) if isinstance(transform, Barrier)]
+        deciders = {place: self._decider(self.plan.transforms[place]) for place in places}
+        size = self.data.window_shards if self.data.stream and places else max(1, len(self.units))
         total = sum(unit.stop - unit.start for unit in self.units) * (len(places) + 1)
-        done = 0
-        masks: list[tuple[Mask, ...]] = [() for _ in self.units]
+        done, outcomes, prefix = 0, list[Outcome](), Prefix(self.dataset)
         progress(0, total)
-        for place in [*places, None]:
-            outcomes: list[Outcome] = []
-            prefix = Prefix(self.dataset) if place is None else None
-            for outcome in self._pass(run, place, masks):
-                outcomes.append(outcome)
-                if prefix is not None:
-                    prefix.add(outcome)
-                    self._wait_for_reader(prefix, stop)
-                done += outcome.unit.stop - outcome.unit.start
-                progress(done, total)
-                if stop():
-                    raise Stopped
-            outcomes.sort(key=lambda outcome: outcome.unit.index)
-            if place is not None:
-                barrier: Any = self.plan.transforms[place]
-                decided = barrier.keep([outcome.keys or [] for outcome in outcomes])
-                masks = [(*known, new) for known, new in zip(masks, decided, strict=True)]
+        for start in range(0, len(self.units), size):
+            units = self.units[start : start + size]
+            masks: list[tuple[Mask, ...]] = [() for _ in units]
+            for place in [*places, None]:
+                found: list[Outcome] = []
+                for outcome in self._pass(run, place, units, masks):
+                    found.append(outcome)
+                    if place is None:
+                        prefix.add(outcome)
+                        self._wait_for_reader(prefix, stop)
+                    done += outcome.unit.stop - outcome.unit.start
+                    progress(done, total)
+                    if stop():
+                        raise Stopped
+                found.sort(key=lambda outcome: outcome.unit.index)
+                if place is not None:
+                    decided = deciders[place]([outcome.keys or [] for outcome in found])
+                    masks = [(*known, new) for known, new in zip(masks, decided, strict=True)]
+            outcomes += found
         return outcomes
+
+    def _decider(self, barrier: Any) -> Decider:
+        decider: Decider = barrier.running() if self.data.stream else barrier.keep
+        return decider
 
     def _wait_for_reader(self, prefix: Prefix, stop: Callable[[], bool]) -> None:
         """Stay a few windows ahead of a run that drops them, so that the disk it takes is bounded."""
@@ -163,10 +189,12 @@ class Preparation:
             while prefix.windows_ahead() > _WINDOWS_AHEAD and not stop():
                 time.sleep(_POLL_S)
 
-    def _pass(self, run: Runner, place: int | None, masks: Sequence[tuple[Mask, ...]]) -> Any:
-        """Outcomes of all units up to a barrier, or to the end: first what is remembered, then the rest."""
+    def _pass(
+        self, run: Runner, place: int | None, units: Sequence[Unit], masks: Sequence[tuple[Mask, ...]]
+    ) -> Iterator[Outcome]:
+        """Outcomes of units up to a barrier, or to the end: first what is remembered, then the rest."""
         tasks = []
-        for unit, mask in zip(self.units, masks, strict=True):
+        for unit, mask in zip(units, masks, strict=True):
             task = Task(unit, mask, place is None, self._key(unit, mask, place))
             found = load_outcome(self.store, task.key, unit, final=task.final)
             if found is None:

@@ -20,6 +20,8 @@ from ftray.data.store import Folder, is_url, open_store, split_folder
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+STAMPS = "stamps.json"
+"""Sizes and times of the shards when they were last known good."""
 IGNORE_INDEX = -100
 """Label of a token that is not a target (the value PyTorch's cross-entropy ignores)."""
 
@@ -189,7 +191,14 @@ class Shards:
             return self._cache.get(self._store, name, digest, self.shards[number]["size_bytes"])
         path = Path(self._store.folder(name))
         if name not in self._good:
-            verify_tree(path.parent, {path.name: digest}, DataError)
+            try:
+                verify_tree(path.parent, {path.name: digest}, DataError)
+            except DataError as error:
+                # Without its record and the stamps of the data set the next preparation makes it anew.
+                self._store.remove(name.removesuffix(".arrow") + ".json")
+                self._store.remove(f"{self._name}/{STAMPS}")
+                what = str(error).partition(";")[0]
+                raise DataError(f"{what}; start again: the next preparation makes it anew") from None
             self._good.add(name)
         return path
 

@@ -4,7 +4,7 @@ The table's schema is `ROW_SCHEMA`, so a transform is a function on columns.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,7 +24,9 @@ __all__ = [
     "parse_line",
     "parse_row",
     "per_row",
+    "rows_in",
     "span_counts",
+    "span_kinds",
     "span_targets",
     "span_texts",
     "to_table",
@@ -92,9 +94,20 @@ def to_table(rows: Iterable[tuple[int, int, Row]]) -> pa.Table:
     return pa.table(columns, schema=ROW_SCHEMA)
 
 
+def rows_in(table: pa.Table) -> Iterator[Row]:
+    """The rows of a table of `ROW_SCHEMA`."""
+    for shape, spans in zip(table["shape"].to_pylist(), table["spans"].to_pylist(), strict=True):
+        yield Row(shape, tuple(Span(**span) for span in spans))
+
+
 def span_texts(rows: pa.Table) -> pa.StringArray:
     """The texts of all spans of all rows, one after another."""
     return _flat_spans(rows).field("text")
+
+
+def span_kinds(rows: pa.Table) -> pa.StringArray:
+    """The kinds of all spans, in the order of `span_texts`."""
+    return _flat_spans(rows).field("kind")
 
 
 def span_targets(rows: pa.Table) -> pa.BooleanArray:

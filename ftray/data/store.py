@@ -72,6 +72,23 @@ def split_folder(folder: Folder) -> tuple[Folder, str]:
     return parent, name
 
 
+@contextlib.contextmanager
+def remote_errors(where: Folder, what: str = "cannot be read") -> Iterator[None]:
+    """Turns whatever a client of a remote store raises, of kinds of its own, into one line.
+
+    Raises:
+        FileNotFoundError: as it is.
+        DataError: for anything else.
+    """
+    try:
+        yield
+    except (FtrayError, FileNotFoundError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{where}: {what} ({reason}); check the URL, your access and the network") from error
+
+
 class LocalStore:
     """A folder of the local file system (which all nodes may share)."""
 
@@ -146,16 +163,21 @@ class RemoteStore:
     def read_json(self, name: str) -> Any:
         """A JSON file's value, or None."""
         try:
-            return json.loads(self._fs.cat_file(self._path(name)))
-        except (FileNotFoundError, ValueError):
+            with remote_errors(self.folder(name)):
+                content = self._fs.cat_file(self._path(name))
+        except FileNotFoundError:
+            return None
+        try:
+            return json.loads(content)
+        except ValueError:
             return None
 
     def write_json(self, name: str, value: Any) -> None:
         """Put a JSON file."""
-        self._make_parent(name)
-        self._fs.pipe_file(
-            self._path(name), (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-        )
+        content = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+        with remote_errors(self.folder(name), "cannot be written"):
+            self._make_parent(name)
+            self._fs.pipe_file(self._path(name), content)
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -163,13 +185,15 @@ class RemoteStore:
         with tempfile.TemporaryDirectory(prefix="ftray-put-") as folder:
             tmp = Path(folder) / "file"
             yield tmp
-            self._make_parent(name)
-            self._fs.put_file(str(tmp), self._path(name))
+            with remote_errors(self.folder(name), "cannot be written"):
+                self._make_parent(name)
+                self._fs.put_file(str(tmp), self._path(name))
 
     def stamp(self, name: str) -> Stamp | None:
         """Size, and the etag or time where the store has one."""
         try:
-            info = self._fs.info(self._path(name))
+            with remote_errors(self.folder(name)):
+                info = self._fs.info(self._path(name))
         except FileNotFoundError:
             return None
         return [info["size"], str(info.get("ETag") or info.get("etag") or info.get("mtime") or "")]
@@ -177,15 +201,19 @@ class RemoteStore:
     def fetch(self, name: str, target: Path) -> None:
         """Download a file."""
         try:
-            self._fs.get_file(self._path(name), str(target))
-        except OSError as error:
+            with remote_errors(self.folder(name)):
+                self._fs.get_file(self._path(name), str(target))
+        except FileNotFoundError:
             raise DataError(
-                f"{self.folder(name)}: cannot be read ({error}); prepare the data again"
+                f"{self.folder(name)}: cannot be read (it is not there any more); prepare the data again"
             ) from None
 
     def remove(self, name: str) -> None:
         """Remove a file if it is there."""
-        with contextlib.suppress(FileNotFoundError):
+        with (
+            contextlib.suppress(FileNotFoundError),
+            remote_errors(self.folder(name), "cannot be removed"),
+        ):
             self._fs.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:

@@ -4,6 +4,7 @@ A pure function of the unit and the plan, run in a loop here or in Ray tasks by 
 what comes out.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 
 from ftray.data.overlong import Overlong, fit
 from ftray.data.pack import Packed, pack
-from ftray.data.rows import BadRow, to_table
+from ftray.data.rows import BadRow, Row, rows_in, to_table
 from ftray.data.source import Records, Unit, parse_record
 from ftray.data.store import Store
 from ftray.data.tokenise import Tokenised, tokenise, tokeniser
@@ -120,6 +121,15 @@ def work_on(plan: Plan, task: Task) -> Outcome:
         _quarantine(outcome, offsets[index], numbers[index], reason)
     _finish(plan, outcome, found)
     return outcome
+
+
+def rows_of(plan: Plan, unit: Unit, masks: tuple[Mask, ...]) -> Iterator[Row]:
+    """The usable rows of a unit after the transforms, all barriers decided."""
+    parsed = []
+    for record in Records(unit, plan.columns):
+        with contextlib.suppress(BadRow):
+            parsed.append((record.offset, record.number, parse_record(unit, record, plan.columns)))
+    yield from rows_in(apply_transforms(to_table(parsed), plan.transforms, masks).rows)
 
 
 def _finish(plan: Plan, outcome: Outcome, found: Tokenised) -> None:

@@ -6,13 +6,15 @@ those of data preparation, so an evaluation sees the same token boundaries as tr
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftray.core.errors import DataError
+from ftray.data.pairs import sides
 from ftray.data.rows import BadRow, Row
 from ftray.data.source import Record, Records, Unit, find_sources, parse_record, split_units
+from ftray.data.spans import PAIR
 from ftray.data.tokenise import Segment, Tokeniser
 
 
@@ -41,13 +43,19 @@ class Questions:
     """`file`, `offset` (bytes) and `reason` of each row that cannot be asked."""
 
 
-def read_questions(patterns: Sequence[str], tokeniser: Tokeniser, max_rows: int | None = None) -> Questions:
+def read_questions(
+    patterns: Sequence[str],
+    tokeniser: Tokeniser,
+    max_rows: int | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Questions:
     """Read questions from source files of any format.
 
     Args:
         patterns: files, globs, folders or URLs.
         tokeniser: the base's.
         max_rows: questions wanted; None: all.
+        columns: fields of a shape and the columns that hold them.
 
     Raises:
         DataError: if no row can be asked.
@@ -55,11 +63,11 @@ def read_questions(patterns: Sequence[str], tokeniser: Tokeniser, max_rows: int 
     found = Questions()
     asked: list[Question] = []
     prompts: list[list[Segment]] = []
-    for unit, record in _records(patterns):
+    for unit, record in _records(patterns, columns):
         if max_rows is not None and len(asked) >= max_rows:
             break
         try:
-            row = parse_record(unit, record)
+            row = _parsed(unit, record, columns)
             prompts.append(_segments(row, tokeniser)[:-1])
             asked.append(Question([], answer_text(row), row, unit.file, record.offset))
         except BadRow as error:
@@ -72,19 +80,25 @@ def read_questions(patterns: Sequence[str], tokeniser: Tokeniser, max_rows: int 
     return found
 
 
-def read_answers(patterns: Sequence[str]) -> list[str]:
+def read_answers(patterns: Sequence[str], columns: Mapping[str, str] | None = None) -> list[str]:
     """The answers of all readable rows; for what is learnt from training rows, whose bad ones were reported."""
     answers = []
-    for unit, record in _records(patterns):
+    for unit, record in _records(patterns, columns):
         with contextlib.suppress(BadRow):
-            answers.append(answer_text(parse_record(unit, record)))
+            answers.append(answer_text(_parsed(unit, record, columns)))
     return answers
 
 
-def _records(patterns: Sequence[str]) -> Iterator[tuple[Unit, Record]]:
+def _records(patterns: Sequence[str], columns: Mapping[str, str] | None) -> Iterator[tuple[Unit, Record]]:
     for unit in split_units(find_sources(patterns)):
-        for record in Records(unit):
+        for record in Records(unit, columns):
             yield unit, record
+
+
+def _parsed(unit: Unit, record: Record, columns: Mapping[str, str] | None) -> Row:
+    """A row; of a preference pair the chosen answer is the expected one."""
+    row = parse_record(unit, record, columns)
+    return sides(row)[0] if row.shape == PAIR else row
 
 
 def answer_text(row: Row) -> str:

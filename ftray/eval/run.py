@@ -93,8 +93,9 @@ def evaluate_config(config: EvalConfig, progress: Progress = no_progress) -> Rep
     """Run the evaluation that a file describes, and write its report if it says where."""
     folders = delta_folders(config.deltas, config.registry)
     tok = tokenise.tokeniser(config.base)
-    questions = read_questions([config.rows], tok, config.max_rows)
-    train_answers = read_answers([config.train_rows]) if config.train_rows else []
+    columns = {str(name): column for name, column in config.columns.items()}
+    questions = read_questions([config.rows], tok, config.max_rows, columns)
+    train_answers = read_answers([config.train_rows], columns) if config.train_rows else []
     engine = config.engine.build(config.base)
     for name, folder in folders.items():
         engine.load_delta(name, str(folder))

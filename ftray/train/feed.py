@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ftray.core.errors import DataError
 from ftray.data.arrange import arrange
 from ftray.data.batch import Batch, collate
 from ftray.data.cache import NodeCache
+from ftray.data.dataset import mark_used
 from ftray.data.grow import GrowingShards
 from ftray.data.order import Order, dp_slice
 from ftray.data.read import Shards
@@ -49,9 +51,9 @@ class Feed:
         self.shards: Shards = (
             GrowingShards(train, data.window_shards, cache=cache)
             if data.stream
-            else Shards(train, cache=cache)
+            else Shards(train, verify=False, cache=cache)
         )
-        self.validation = Shards(validation, cache=cache) if validation else None
+        self.validation = Shards(validation, verify=False, cache=cache) if validation else None
         self._data, self._dropped, self._window = data, 0, -1
         self._ahead: threading.Thread | None = None
         self.order = self._arrange(global_batch_size, seed)
@@ -74,6 +76,12 @@ class Feed:
     def manifests(self) -> list[dict[str, Any]]:
         """Of the training rows, and of the validation rows if there are any."""
         return [shards.manifest for shards in (self.shards, self.validation) if shards is not None]
+
+    def mark_used(self, run_dir: Path) -> None:
+        """Tell whoever clears the cache that a run needs its data sets."""
+        for shards in (self.shards, self.validation):
+            if shards is not None:
+                mark_used(shards.path, run_dir)
 
     def go_on(self, step: int, position: int) -> None:
         """Begin step `step` at a position of the order, whatever batch sizes came before."""

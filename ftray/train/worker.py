@@ -94,6 +94,8 @@ def begin(recipe: Recipe, io: IO, start_from: Path | None, accept_changed_data: 
         seed=recipe.seed,
     )
     check_rows(recipe.objective, feed.manifests)
+    if main:
+        feed.mark_used(io.run_dir)
     model = build_model(recipe)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = strategy.attach(model, recipe.optim.build(parameters))

@@ -31,7 +31,7 @@ def write_corpus(folder: Path) -> None:
 
 def tree(folder: Path) -> dict[str, str]:
     """Digests of the data set and of the cache's shards; times of files differ."""
-    stamped = frozenset({"stamps.json"})
+    stamped = frozenset({"stamps.json", "used.json"})
     files = digest_tree(folder, skip=stamped) | digest_tree(folder.parent / "shards")
     return {name: digest for name, digest in files.items() if "/" not in name or name.endswith(".arrow")}
 

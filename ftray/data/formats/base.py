@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from ftray.core.errors import DataError
 from ftray.data.spans import BadRow
+from ftray.data.store import remote_errors
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _READ_BYTES = 256 << 10
@@ -73,8 +74,11 @@ def opened(file: str) -> Iterator[Any]:
         if is_url(file):
             import fsspec
 
-            with fsspec.open(file, "rb") as stream:
-                yield stream
+            with remote_errors(file):
+                source = fsspec.open(file, "rb")
+                stream = source.open()
+            with stream:
+                yield _Remote(file, stream)
         else:
             with Path(file).open("rb") as stream:
                 yield stream
@@ -82,6 +86,24 @@ def opened(file: str) -> Iterator[Any]:
         if is_damage(error):
             raise
         raise DataError(f"{file}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+class _Remote:
+    """A remote file whose failures are one line; what a decoder says of its content is not among them."""
+
+    def __init__(self, file: str, stream: Any) -> None:
+        self._file, self._stream = file, stream
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._stream, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any, **settings: Any) -> Any:
+            with remote_errors(self._file):
+                return found(*arguments, **settings)
+
+        return call
 
 
 def is_damage(error: Exception) -> bool:

@@ -2,13 +2,13 @@
 
 A transform is a pure function on a table of rows (`ftray.data.rows.ROW_SCHEMA`). A barrier needs to see a key
 of every row of the data set before it can say which rows stay: one pass for the keys, then a decision. So a
-barrier cannot be part of a stream, which is trained on while it is read.
+barrier cannot be part of a stream, which is trained on while it is read, unless it only looks back.
 
 A class that declares `stage = "read"` changes packed rows when they are read instead (`read_time.py`).
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -42,6 +42,10 @@ class RowTransform(Protocol):
         """The rows that stay, and counts by rule."""
 
 
+Decider = Callable[[list[list[bytes]]], list[Mask]]
+"""From the keys of work units to the rows that stay of each."""
+
+
 @runtime_checkable
 class Barrier(Protocol):
     """Filters rows by a comparison over the whole data set, at preparation."""
@@ -54,6 +58,14 @@ class Barrier(Protocol):
 
     def keep(self, keys: list[list[bytes]]) -> list[Mask]:
         """Which rows stay, from the keys of all work units in their order."""
+
+
+@runtime_checkable
+class RunningBarrier(Barrier, Protocol):
+    """A barrier that decides about a row by the rows before it alone, so that a stream can have it."""
+
+    def running(self) -> Decider:
+        """Decisions that begin anew; asked about all work units once, in their order, some at a time."""
 
 
 @dataclass

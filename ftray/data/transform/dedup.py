@@ -8,7 +8,7 @@ import xxhash
 
 from ftray.core.spec import spec
 from ftray.data.rows import span_counts, span_texts
-from ftray.data.transform.base import Mask
+from ftray.data.transform.base import Decider, Mask
 
 _SPACE = re.compile(r"\s+")
 
@@ -42,16 +42,24 @@ class ExactDedup:
 
     def keep(self, keys: list[list[bytes]]) -> list[Mask]:
         """The first row of each key."""
+        return self.running()(keys)
+
+    def running(self) -> Decider:
+        """The same, a part of the units at a time; the keys of all rows so far are held in memory."""
         seen: set[bytes] = set()
-        masks = []
-        for unit in keys:
-            mask = np.zeros(len(unit), np.bool_)
-            for index, key in enumerate(unit):
-                if key not in seen:
-                    seen.add(key)
-                    mask[index] = True
-            masks.append(mask)
-        return masks
+
+        def decide(keys: list[list[bytes]]) -> list[Mask]:
+            masks = []
+            for unit in keys:
+                mask = np.zeros(len(unit), np.bool_)
+                for index, key in enumerate(unit):
+                    if key not in seen:
+                        seen.add(key)
+                        mask[index] = True
+                masks.append(mask)
+            return masks
+
+        return decide
 
     def _normalise(self, text: str) -> str:
         text = text.casefold() if self.ignore_case else text

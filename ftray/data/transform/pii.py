@@ -6,11 +6,13 @@ guesses a value can confirm the guess. They lie in ranges that are nobody's (RFC
 found again. Patterns miss what they do not know: names, addresses, unusual spellings.
 """
 
+import functools
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +22,8 @@ from pydantic import Field
 
 from ftray.core.errors import ConfigError
 from ftray.core.spec import spec
-from ftray.data.rows import per_row, span_texts, with_span_texts
+from ftray.data.rows import per_row, span_kinds, span_texts, with_span_texts
+from ftray.data.spans import TOOLS
 from ftray.data.transform.base import Applied
 
 Kind = Literal["email", "api_key", "iban", "card", "ipv6", "ipv4", "phone"]
@@ -166,31 +169,78 @@ class Pii:
         texts = span_texts(rows)
         found: Counter[str] = Counter()
         hit = np.zeros(len(texts), np.bool_)
+        is_json = np.asarray(pc.is_in(span_kinds(rows), pa.array([TOOLS, "tool_calls"])), np.bool_)
+        places = np.flatnonzero(is_json)
+        objects = texts.take(pa.array(places)).to_pylist()
         for kind in self.recognisers:
-            texts = self._replace(texts, kind, found, hit)
+            texts = self._replace(texts, kind, found, hit, ~is_json)
+        if len(places):
+            mended = [
+                self._in_json(text, found, hit, place)
+                for place, text in zip(places.tolist(), objects, strict=True)
+            ]
+            texts = pc.replace_with_mask(texts, pa.array(is_json), pa.array(mended, pa.string()))
         if self.action != "drop":
             return Applied(with_span_texts(rows, texts), Counter(), found)
         dropped = per_row(rows, hit) > 0
         return Applied(rows.filter(pa.array(~dropped)), Counter(found=int(dropped.sum())), found)
 
+    def _in_json(self, text: str, found: Counter[str], hit: np.ndarray, place: int) -> str:
+        """Tools or calls with the values replaced in their strings, so that they stay what they are.
+
+        A number that is such a value (a card's) becomes the surrogate's text.
+        """
+        before = found.total()
+
+        def mend(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {self._in_text(key, found): mend(item) for key, item in value.items()}
+            if isinstance(value, list):
+                return [mend(item) for item in value]
+            if isinstance(value, str):
+                return self._in_text(value, found)
+            if isinstance(value, int) and not isinstance(value, bool):
+                text = str(value)
+                mended = self._in_text(text, found)
+                return value if mended == text else mended
+            return value
+
+        try:
+            mended = mend(json.loads(text))
+        except ValueError:
+            return text  # an earlier transform broke it, which is told when the row is rendered
+        if found.total() == before:
+            return text
+        hit[place] = True
+        return json.dumps(mended, ensure_ascii=False)
+
+    def _in_text(self, text: str, found: Counter[str]) -> str:
+        for kind in self.recognisers:
+            text = RECOGNISERS[kind].pattern.sub(functools.partial(self._put, kind, found), text)
+        return text
+
+    def _put(self, kind: Kind, found: Counter[str], match: re.Match[str]) -> str:
+        """What stands for a match, which stays if it is no such value after all."""
+        recogniser = RECOGNISERS[kind]
+        value = recogniser.normal(match[0])
+        if not value:
+            return match[0]
+        found[kind] += 1
+        if self.action == "tag":
+            return f"<{kind.upper()}>"
+        digest = xxhash.xxh3_64_intdigest(f"{self.salt}\0{kind}\0{value}".encode())
+        return recogniser.surrogate(digest)
+
     def _replace(
-        self, texts: pa.StringArray, kind: Kind, found: Counter[str], hit: np.ndarray
+        self, texts: pa.StringArray, kind: Kind, found: Counter[str], hit: np.ndarray, looked_at: np.ndarray
     ) -> pa.StringArray:
         """Texts with the values of one kind replaced; the few texts that may hold one go through Python."""
         recogniser = RECOGNISERS[kind]
-        places = np.flatnonzero(np.asarray(pc.match_substring_regex(texts, recogniser.hint)))
+        may = np.asarray(pc.match_substring_regex(texts, recogniser.hint), np.bool_)
+        places = np.flatnonzero(may & looked_at)
         if not len(places):
             return texts
-
-        def put(match: re.Match[str]) -> str:
-            value = recogniser.normal(match[0])
-            if not value:
-                return match[0]
-            found[kind] += 1
-            if self.action == "tag":
-                return f"<{kind.upper()}>"
-            digest = xxhash.xxh3_64_intdigest(f"{self.salt}\0{kind}\0{value}".encode())
-            return recogniser.surrogate(digest)
+        put = functools.partial(self._put, kind, found)
 
         changed = []
         for place, text in zip(places, texts.take(pa.array(places)).to_pylist(), strict=True):

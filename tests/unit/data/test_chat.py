@@ -331,3 +331,19 @@ def test_weights_of_answers(tmp_path: Path) -> None:
     [document] = marked(tok, found)
     assert document.count("[") == 1 and document.endswith("2<|im_end|>]")
     assert set(found.documents.weights.tolist()) == {0.0, 0.25}
+
+
+def test_a_template_that_prints_today_prints_the_same_on_any_day(tmp_path: Path) -> None:
+    """As Llama 3.1's and gpt-oss's do: the shards of a corpus do not depend on the day, and the server agrees."""
+    dated = (
+        "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+        "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = 'unknown' %}{%- endif %}"
+        "{%- endif %}{{ 'Today: ' + date_string + '\n' }}"
+        "{%- for m in messages %}{{ m['role'] + ':' + m['content'] + '<|end|>' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ 'assistant:' }}{%- endif %}"
+    )
+    tok = with_template(tmp_path, dated)
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    ids = run(tok, messages).documents.input_ids
+    assert tok.hf.decode(ids) == "Today: 26 Jul 2024\nuser:q<|end|>assistant:a<|end|>"
+    assert tok.hf.decode(tok.prompt_ids(messages[:1])) == "Today: 26 Jul 2024\nuser:q<|end|>assistant:"

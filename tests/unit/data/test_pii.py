@@ -1,11 +1,13 @@
 """PII: what each recogniser finds and leaves, and that a value has one surrogate in the whole corpus."""
 
+import json
+
 import pyarrow as pa
 import pytest
 
 from ftray.core.errors import ConfigError
 from ftray.core.spec import parse
-from ftray.data.rows import Row, Span, span_texts, to_table
+from ftray.data.rows import Row, Span, parse_row, span_kinds, span_texts, to_table
 from ftray.data.transform.pii import RECOGNISERS, Pii
 
 
@@ -84,3 +86,34 @@ def test_surrogates_are_never_values() -> None:
         for digest in (0, 1, 2**63 + 12345, 2**64 - 1):
             surrogate = recogniser.surrogate(digest)
             assert tagged(f"see {surrogate} there") == f"see {surrogate} there", kind
+
+
+def test_tools_and_calls_are_mended_as_json() -> None:
+    """In their strings and numbers, whatever JSON writes around them, and they stay JSON."""
+    call = {
+        "name": "pay",
+        "arguments": {"card": 4111111111111111, "to": "a\n4111 1111 1111 1111", "n": [1, "x@y.org"]},
+    }
+    value = {
+        "tools": [{"name": "pay", "description": 'ask "ann@mail.org"'}],
+        "messages": [
+            {"role": "user", "content": "pay"},
+            {"role": "assistant", "tool_calls": [{"function": call}]},
+        ],
+    }
+    rows, _, found = Pii(action="tag")(to_table([(0, 0, parse_row(value))]))
+    assert found == {"card": 2, "email": 2}
+    texts = dict(zip(span_kinds(rows).to_pylist(), span_texts(rows).to_pylist(), strict=True))
+    assert json.loads(texts["tools"])[0]["function"]["description"] == 'ask "<EMAIL>"'
+    arguments = json.loads(texts["tool_calls"])[0]["function"]["arguments"]
+    assert arguments == {"card": "<CARD>", "to": "a\n<CARD>", "n": [1, "<EMAIL>"]}
+    dropped, filtered, _ = Pii(action="drop")(to_table([(0, 0, parse_row(value))]))
+    assert dropped.num_rows == 0 and filtered == {"found": 1}
+    untouched, _, none = Pii()(to_table([(0, 0, parse_row({**value, "tools": [], "messages": CLEAN}))]))
+    assert none == {} and json.loads(span_texts(untouched).to_pylist()[-1])[0]["function"]["name"] == "odd"
+
+
+CLEAN = [
+    {"role": "user", "content": "is 7 odd?"},
+    {"role": "assistant", "tool_calls": [{"function": {"name": "odd", "arguments": {"x": 7}}}]},
+]

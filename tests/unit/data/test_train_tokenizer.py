@@ -56,7 +56,7 @@ def test_conversations_grow_at_the_end(trained: Path, tokenizer: Any) -> None:
     assert rendered == "brief\none\n# Answer: first<|end|>two\n# Answer: second<|end|>"
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     assert rendered == prompt + " second<|end|>"
-    documents, bad, _ = tokenise(
+    documents, bad, *_ = tokenise(
         to_table([(0, 0, parse_row({"messages": messages}))]), Tokeniser(str(trained))
     )
     assert bad == [] and tokenizer.decode(documents.input_ids) == rendered

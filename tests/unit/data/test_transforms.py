@@ -128,9 +128,9 @@ def test_transforms_are_named_in_the_recipe() -> None:
 
 
 def test_a_stream_takes_no_barrier() -> None:
-    transforms: list[Any] = ["clean", "dedup", "length"]
-    with pytest.raises(ConfigError, match="stream: `dedup` must see all rows") as caught:
+    transforms: list[Any] = ["clean", "dedup", "near_dedup", "length"]
+    with pytest.raises(ConfigError, match="stream: `near_dedup` must see all rows") as caught:
         parse(DataConfig, {"train": "x", "transforms": transforms, "stream": True})
     assert "\n" not in str(caught.value)
-    assert parse(DataConfig, {"train": "x", "transforms": ["clean", "length"], "stream": True}).stream
+    assert parse(DataConfig, {"train": "x", "transforms": ["clean", "dedup"], "stream": True}).stream
     assert not parse(DataConfig, {"train": "x", "transforms": transforms}).stream

@@ -87,7 +87,7 @@ def test_a_stopped_preparation_goes_on(
     other = prepare_local(
         config(tmp_path / "rows.jsonl", cache_dir=str(tmp_path / "other")), tokenizer_folder
     )
-    skip = frozenset({"stamps.json"})
+    skip = frozenset({"stamps.json", "used.json"})
     assert digest_tree(folder, skip=skip) == digest_tree(other, skip=skip)
 
 
@@ -119,7 +119,7 @@ prepare.prepare_local(data, {tokenizer_folder!r})
         )
     finally:
         prepare.UNIT_BYTES = before
-    skip = frozenset({"stamps.json"})
+    skip = frozenset({"stamps.json", "used.json"})
     assert digest_tree(folder, skip=skip) == digest_tree(other, skip=skip)
     assert sum(path.stat().st_mtime_ns == stamp for path, stamp in kept.items()) >= 5
     Shards(folder)

@@ -86,3 +86,18 @@ def test_majority_takes_the_first_among_equals() -> None:
 
 def test_answers_of_training_rows(tmp_path: Path) -> None:
     assert read_answers([write(tmp_path / "rows.jsonl", PLAIN, CHAT, "broken\n")]) == [" 4", "time"]
+
+
+def test_columns_say_where_the_rows_hold_what(tok: Tokeniser, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", {"q": "2+2=", "a": " 4"})
+    columns = {"prompt": "q", "completion": "a"}
+    (question,) = read_questions([path], tok, columns=columns).items
+    assert question.expected == " 4"
+    assert read_answers([path], columns) == [" 4"]
+
+
+def test_of_a_preference_pair_the_chosen_answer_is_expected(tok: Tokeniser, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", {"prompt": "2+2=", "chosen": " 4", "rejected": " 5"})
+    (question,) = read_questions([path], tok).items
+    assert question.expected == " 4" and read_answers([path]) == [" 4"]
+    assert answer_ids(question, [" 5"], tok)[0][-1] == tok.hf.eos_token_id

@@ -78,9 +78,13 @@ def test_a_run_trains_with_them_and_goes_on_only_with_the_same(
     make_recipe: MakeRecipe, tmp_path: Any
 ) -> None:
     steps = ["clean", {"type": "prompt_weight", "weight": 0.5}]
-    result = train(make_recipe(data__transforms=steps, train__max_steps=2), LocalIO(tmp_path / "run"), stop_at=1)
-    plain = train(make_recipe(train__max_steps=2), LocalIO(tmp_path / "plain"), stop_at=1)
+    result = train(
+        make_recipe(data__transforms=steps, train__max_steps=2), LocalIO(tmp_path / "run"), stop_at=1
+    )
+    plain = train(
+        make_recipe(data__transforms=["clean"], train__max_steps=2), LocalIO(tmp_path / "plain"), stop_at=1
+    )
     assert result.metrics["loss"] != plain.metrics["loss"]
     assert torch.isfinite(torch.tensor(result.metrics["loss"]))
     with pytest.raises(CheckpointError, match="read-time transform"):
-        train(make_recipe(train__max_steps=2), LocalIO(tmp_path / "run"))
+        train(make_recipe(data__transforms=["clean"], train__max_steps=2), LocalIO(tmp_path / "run"))
