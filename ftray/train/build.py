@@ -18,12 +18,17 @@ from ftray.train.feed import Feed
 
 def build_model(recipe: Recipe) -> Any:
     """Structure on meta, then the adapter, then the strategy's sharding, then the weights."""
-    model: Any = build_structure(recipe.model, seed=recipe.seed)
+    return place(recipe, structure_of(recipe), recipe.model).train()
+
+
+def structure_of(recipe: Recipe, *, empty: bool = False) -> Any:
+    """The model that trains, before any weight is read; with `empty`, also one that begins with random weights."""
+    model: Any = build_structure(recipe.model, seed=recipe.seed, empty=empty)
     recipe.adapt.apply(model, recipe.seed)
     recipe.objective.extend(model, recipe.seed)
     if recipe.train.gradient_checkpointing:
         checkpoint_layers(model)
-    return place(recipe, model, recipe.model).train()
+    return model
 
 
 def place(recipe: Recipe, model: Any, config: ModelConfig) -> Any:
