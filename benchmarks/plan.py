@@ -4,7 +4,7 @@
 
 Random configurations (model size, sequence, batch, LoRA or full, checkpointing, precision) are planned, then
 trained for a few steps, each in a fresh process. The measured peak is the process's highest resident memory while
-it trains, less what it held after its imports. The configurations reported are held out: the two constants of
+it trains, less what it held after its imports. The configurations reported are held out: the constants of
 `ftray.train.plan` were fitted on others (`--fit` draws those and prints the constants that fit them).
 """
 
@@ -41,8 +41,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = [_measure(Path(folder) / str(n), draw_config(draw)) for n in range(arguments.configurations)]
     if arguments.fit:
-        factor, overhead = fit(found)
-        print(f"FACTOR = {factor:.3f}  OVERHEAD_BYTES = {round(overhead / 2**20)} << 20")
+        factors, overhead = fit(found)
+        print(f"FACTOR = {factors}  OVERHEAD_BYTES = {overhead >> 20} << 20")
     errors = [abs(row["predicted"] / row["measured"] - 1) for row in found]
     summary = {
         "configurations": len(found),
@@ -200,16 +200,25 @@ def _status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def fit(rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """The factor and the constant with the least worst relative error, and of these the least median."""
-    best = (1e9, 1e9, 0.0, 0.0)
-    for factor in (1 + n / 100 for n in range(0, 60)):
-        for overhead in range(0, 300 << 20, 5 << 20):
-            errors = [abs((factor * row["counted"] + overhead) / row["measured"] - 1) for row in rows]
-            best = min(
-                best, (statistics.mean(errors) + max(errors), statistics.median(errors), factor, overhead)
-            )
-    return best[2], best[3]
+def fit(rows: list[dict[str, Any]]) -> tuple[dict[str, float], int]:
+    """A factor for each precision and one constant, with the least mean and worst relative error together."""
+
+    def error(part: list[dict[str, Any]], factor: float, overhead: int) -> float:
+        errors = [abs((factor * row["counted"] + overhead) / row["measured"] - 1) for row in part]
+        return statistics.mean(errors) + max(errors)
+
+    best: tuple[float, dict[str, float], int] = (float("inf"), {}, 0)
+    kinds = {name: [r for r in rows if r["bf16"] == (name == "bfloat16")] for name in ("float32", "bfloat16")}
+    for overhead in range(0, 200 << 20, 5 << 20):
+        factors = [1 + n / 100 for n in range(60)]
+        found = {
+            name: min(factors, key=lambda factor: error(part, factor, overhead))
+            for name, part in kinds.items()
+            if part
+        }
+        total = sum(error(kinds[name], factor, overhead) for name, factor in found.items())
+        best = min(best, (total, found, overhead), key=lambda candidate: candidate[0])
+    return best[1], best[2]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from ftray.core.errors import FtrayError
 
 SWITCH = "FTRAY_ALLOCATOR"
 """Environment variable: `system` leaves the allocator alone."""
+# Freed memory is kept for the next step, which takes the same sizes again; large blocks share the ordinary arenas.
+_SETTINGS = "dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0"
 _DONE = "FTRAY_ALLOCATOR_SET"
 
 
@@ -30,7 +32,7 @@ def environment() -> dict[str, str]:
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         library = Path(folder) / "core" / "libjemalloc.so"
         if library.is_file():
-            return {"LD_PRELOAD": str(library), "MALLOC_CONF": "background_thread:false", _DONE: "1"}
+            return {"LD_PRELOAD": str(library), "MALLOC_CONF": _SETTINGS, _DONE: "1"}
     return {}
 
 

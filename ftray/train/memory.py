@@ -24,7 +24,7 @@ from ftray.model.build import build_structure
 from ftray.model.layers import find_layers
 from ftray.model.policy import Policy
 from ftray.model.precision import autocast
-from ftray.train.build import build_optimizers, checkpoint_layers
+from ftray.train.build import build_optimizers, structure_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def step_memory(
         bf16: computed in bfloat16.
         accumulates: there is more than one micro batch in a step.
     """
-    model = _structure(recipe)
+    model = structure_of(recipe, empty=True).train()
     batch = _batch(recipe, num_tokens)
     trained: list[torch.nn.Parameter] = []
     count = _Count(model.config.get_text_config().vocab_size, num_targets, trained)
@@ -135,15 +135,6 @@ def step_memory(
         peak=peak,
         gathered=gathered,
     )
-
-
-def _structure(recipe: Recipe) -> Any:
-    model: Any = build_structure(recipe.model, empty=True)
-    recipe.adapt.apply(model, recipe.seed)
-    recipe.objective.extend(model, recipe.seed)
-    if recipe.train.gradient_checkpointing:
-        checkpoint_layers(model)
-    return model.train()
 
 
 def _give_shapes(model: Any) -> None:
