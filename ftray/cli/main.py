@@ -4,6 +4,7 @@
 """
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from ftray.core.errors import FtrayError
+from ftray.core.errors import FtrayError, RunStopped
 
 VERBS: dict[str, tuple[str, str]] = {
     "quickstart": (
@@ -107,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.path.insert(0, str(Path.cwd()))
     try:
         app(args=words, prog_name="ftray")
+    except RunStopped as stopped:  # as the shell does for a process that a signal ended
+        print(f"stopped: {stopped}", file=sys.stderr)
+        sys.exit(128 + (stopped.signum or signal.SIGTERM))
     except FtrayError as error:
         if debug:
             raise

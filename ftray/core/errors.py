@@ -8,6 +8,7 @@
     ├── RegistryError    a name, a version, an alias
     ├── CheckpointError  a damaged or foreign checkpoint
     ├── TrainError       a run that cannot go on (not finite, hung)
+    ├── RunStopped       a run that was asked to end early; carries the signal, if it was one
     ├── TuneError        a search that cannot go on
     ├── ClusterError     a cluster that cannot be reached or refuses us
     └── RequestError     an inference request; carries the HTTP status and OpenAI's code
@@ -46,6 +47,20 @@ class CheckpointError(FtrayError):
 
 class TrainError(FtrayError):
     """A training run that cannot go on."""
+
+
+class RunStopped(FtrayError):
+    """A training run that ended early because it was asked to; a checkpoint holds every step it has done.
+
+    `signum` is the number of the signal that asked, None if something else did.
+    """
+
+    def __init__(self, message: str, signum: int | None = None) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (RunStopped, (str(self), self.signum))
 
 
 class TuneError(FtrayError):

@@ -48,7 +48,7 @@ class Snapshot(Protocol):
 class Strategy(Protocol):
     """One way to spread a run."""
 
-    num_workers: int
+    num_workers: int | tuple[int, int]
 
     @property
     def in_process(self) -> bool:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from pydantic import Field
 
 from ftray.core.spec import spec
+from ftray.strategy.elastic import NumWorkers
 
 _BUCKET_ELEMENTS = 1 << 24
 
@@ -17,8 +18,8 @@ _BUCKET_ELEMENTS = 1 << 24
 class Workers:
     """Workers of Ray Train in one process group; every one of them sees other rows."""
 
-    num_workers: int = Field(default=2, ge=1)
-    """Workers."""
+    num_workers: NumWorkers = 2
+    """Workers; `[least, most]`: as many as the cluster has room for, also while the run goes on."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs of each worker."""
     max_failures: int = Field(default=2, ge=0)

@@ -26,6 +26,7 @@ from ftray.core.fs import digest_json, read_json, verify_tree
 from ftray.core.spec import dump
 from ftray.model.identity import base_identity
 from ftray.strategy.base import Optimizers, Parameters, Snapshot, Strategy
+from ftray.train.retention import prune
 from ftray.train.transaction import MANIFEST, Writer
 
 FORMAT = 2
@@ -34,6 +35,10 @@ _HOUSEKEEPING = (
     "eval_steps",
     "save_steps",
     "save_total_limit",
+    "save_best",
+    "watchdog_s",
+    "watchdog_slow_s",
+    "elastic_interval_s",
     "logging_steps",
     "per_device_train_batch_size",
     "gradient_checkpointing",
@@ -120,10 +125,14 @@ class Checkpoints:
         keep: how many committed ones stay.
         life: the same word on every rank, another one each time the run is started; what an earlier life may
             still be writing is kept apart by it.
+        keep_best: also that of the lowest validation loss stays.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int, life: str) -> None:
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], keep: int, life: str, keep_best: bool = False
+    ) -> None:
         self.folder, self.identity, self.keep, self.life = folder, dict(identity), keep, life
+        self.keep_best = keep_best
         self.durable: State | None = None
         """State of the newest checkpoint this process knows to be committed; known on rank 0 only."""
         self._last_step: int | None = None
@@ -241,8 +250,7 @@ class Checkpoints:
             raise CheckpointError(f"{path}: was made with {_OTHER[key].format(then=then, now=now)}; {remedy}")
 
     def _prune(self) -> None:
-        for path in sorted(self.folder.glob("step-*"))[: -self.keep]:
-            shutil.rmtree(path, ignore_errors=True)
+        prune(self.folder, self.keep, self.keep_best)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run reads and writes besides its rows: prepared data, metrics, checkpoint notices.
+"""What a run reads and writes besides its rows: prepared data, metrics, notices to it and from it.
 
 The loop is the same in a notebook, a test and a Ray Train worker; only its `IO` differs.
 """
@@ -14,7 +14,9 @@ from ftray.core.errors import TrainError
 from ftray.core.fs import lock_file
 from ftray.core.types import Progress, no_progress
 from ftray.data.store import Folder
+from ftray.train.stop import Stop
 from ftray.train.track import Sinks
+from ftray.train.watchdog import Watchdog, forget
 
 if TYPE_CHECKING:
     from ftray.data.grow import Background
@@ -39,6 +41,23 @@ class IO(Protocol):
 
     def open(self, recipe: Recipe, from_step: int) -> None:
         """Begin writing on rank 0; records after `from_step` of an earlier life are dropped."""
+        ...
+
+    def start(self, recipe: Recipe, rank: int) -> None:
+        """The first step is next: be watched, and listen for what would end the run early. On every rank."""
+        ...
+
+    def beat(self, step: int, phase: str = "step") -> None:
+        """This rank is about to do `phase` after `step` steps."""
+        ...
+
+    def stop_reason(self) -> str | None:
+        """Why this rank is asked to end the run before its time; None: it is not."""
+        ...
+
+    @property
+    def stop_signal(self) -> int | None:
+        """The signal that asked, if it was one."""
         ...
 
     def log(self, record: Record) -> None:
@@ -74,6 +93,8 @@ class LocalIO:
         self._sinks: Sinks | None = None
         self._lock: File[bytes] | None = None
         self._background: Background | None = None
+        self._watchdog: Watchdog | None = None
+        self._stop: Stop | None = None
 
     def prepare(self, recipe: Recipe) -> tuple[Folder, Folder | None]:
         """Prepare in this process, or find what is prepared."""
@@ -100,10 +121,34 @@ class LocalIO:
             raise TrainError(f"{self.run_dir}: another process trains here; stop it, or use another `name`")
 
     def open(self, recipe: Recipe, from_step: int) -> None:
-        """Write the resolved recipe and open the trackers."""
+        """Write the resolved recipe and open the trackers, anew if they were open."""
+        if self._sinks is not None:
+            self._sinks.close()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         write_resolved(recipe, self.run_dir / "recipe.yaml")
         self._sinks = Sinks(recipe, self.run_dir, from_step)
+
+    def start(self, recipe: Recipe, rank: int) -> None:
+        """Start this process's guard, and hear signals if this is its main thread."""
+        if rank == 0:
+            forget(self.run_dir)
+        limits = recipe.train
+        self._stop = Stop(self.run_dir)
+        self._watchdog = Watchdog(self.run_dir, rank, limits.watchdog_s, limits.watchdog_slow_s)
+
+    def beat(self, step: int, phase: str = "step") -> None:
+        """Tell the guard, and whoever reads `run_dir/progress`."""
+        if self._watchdog is not None:
+            self._watchdog.beat(step, phase)
+
+    def stop_reason(self) -> str | None:
+        """A signal to this process, or a file `stop` in the run's folder."""
+        return None if self._stop is None else self._stop.reason
+
+    @property
+    def stop_signal(self) -> int | None:
+        """The signal that asked, if it was one."""
+        return None if self._stop is None else self._stop.signum
 
     def log(self, record: Record) -> None:
         """To every tracker."""
@@ -117,6 +162,12 @@ class LocalIO:
 
     def close(self) -> None:
         """Close the trackers, let the folder go and end a preparation under way."""
+        if self._watchdog is not None:
+            self._watchdog.close()
+            self._watchdog = None
+        if self._stop is not None:
+            self._stop.close()
+            self._stop = None
         if self._sinks is not None:
             self._sinks.close()
             self._sinks = None

@@ -1,7 +1,9 @@
 """A run under way: its parts, where it stands, and what it leaves behind."""
 
 import collections
+import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,17 +11,25 @@ from typing import Any
 import torch
 
 from ftray.config.recipe import Recipe
+from ftray.core.errors import RunStopped, TrainError
 from ftray.core.fs import write_json
 from ftray.core.spec import dump
 from ftray.core.types import finite
 from ftray.objective.base import Objective, loss_of
+from ftray.optim.ema import averaged
 from ftray.optim.first_order import FirstOrder, StepReport
+from ftray.train import early
 from ftray.train.checkpoint import Checkpoints, State
 from ftray.train.clock import Clock
 from ftray.train.delta import save_delta
 from ftray.train.feed import Feed
 from ftray.train.io import IO
+from ftray.train.meter import Meter
 from ftray.train.plot import plot_run
+from ftray.train.profile import Profiler
+
+STOPPED = "stopped.json"
+"""Written when a run was asked to end early and did: after which step, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +67,34 @@ class Run:
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Metrics of the last step."""
 
+    def __post_init__(self) -> None:
+        self._first_step = self.state.step
+        strategy = self.recipe.strategy
+        self.meter = Meter(self.engine, strategy)
+        self.profiler = Profiler(self.io.run_dir, self.recipe.train.profile_steps, strategy.dp_rank)
+
+    def progress(self) -> float:
+        """Fraction of the run that is done; 1 also if validation has not got better for too long."""
+        over = early.is_over(self.recipe.train, self.state)
+        return 1.0 if over else self.clock.progress(self.state.step)
+
+    def published(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block the model has the weights that are validated and published."""
+        optimizers = self.engine.optimizers if self.recipe.train.publish_ema else ()
+        return averaged(self.engine.policy.model, optimizers)
+
+    def start(self) -> None:
+        """What is to be done once before the first step of this process."""
+        self.io.start(self.recipe, self.recipe.strategy.dp_rank)
+        if self.recipe.train.nan_policy == "roll_back" and self.state.step == 0:
+            self.commit(wait=True)  # so that there is one to go back to
+
+    def beat(self, phase: str = "step") -> None:
+        """Say what comes next; the first step of a process may take longer (it compiles, it fills caches)."""
+        if phase == "step" and self.state.step == self._first_step:
+            phase = "first step"
+        self.io.beat(self.state.step, phase)
+
     def advance(self, report: StepReport, rate: float) -> float:
         """Count one optimiser step; returns the run's progress."""
         state, elapsed_s = self.state, self.clock.elapsed_s
@@ -67,6 +105,7 @@ class Run:
             tokens=state.tokens + report.tokens,
             elapsed_s=elapsed_s,
             loss=report.loss,
+            eval_loss=None,
         )
         progress = self.clock.progress(self.state.step)
         terms = _by_name(self.recipe.objective, report.terms)
@@ -77,12 +116,15 @@ class Run:
             "grad_norm": report.grad_norm,
             "learning_rate": rate,
             "skipped": int(not report.applied),
+            "rollbacks": self.state.rollbacks,
             "epoch": self.feed.order.epoch(self.state.step),
             "tokens": self.state.tokens,
             "tokens_per_s": self.state.tokens / max(elapsed_s, 1e-9),
             "elapsed_s": elapsed_s,
             "progress": progress,
+            **self.meter.read(report, progress),
         }
+        self.profiler.step()
         return progress
 
     def log(self) -> None:
@@ -94,8 +136,10 @@ class Run:
         batches = self.feed.validation_batches()
         if not batches:
             return {}
+        self.beat("validation")
         model = self.engine.policy.model.eval()
-        sums, weights = self.engine.evaluate(batches)
+        with self.published():
+            sums, weights = self.engine.evaluate(batches)
         model.train()
         objective = self.recipe.objective
         totals = self.recipe.strategy.sum(torch.cat([sums, weights]))
@@ -106,16 +150,87 @@ class Run:
         named = {f"eval_{name}": value for name, value in _by_name(objective, means).items()}
         metrics = {"eval_loss": loss_of(objective, means), **named}
         self.record |= metrics
+        self.state = early.after_validation(self.recipe.train, self.state, metrics["eval_loss"])
+        best = min(metrics["eval_loss"], self.state.best_eval_loss or math.inf)
+        self.state = dataclasses.replace(self.state, eval_loss=metrics["eval_loss"], best_eval_loss=best)
         return metrics
+
+    @property
+    def is_best(self) -> bool:
+        """This step was validated, and none before it had a lower loss."""
+        return self.state.eval_loss is not None and self.state.eval_loss == self.state.best_eval_loss
 
     def commit(self, *, wait: bool = False) -> None:
         """Take a checkpoint and tell every rank's surroundings; its files are written beside the next steps."""
+        self._save(wait=wait)
+        self.io.committed(self.record)
+
+    def _save(self, *, wait: bool) -> None:
+        self.beat("checkpoint")
         strategy, engine = self.recipe.strategy, self.engine
         snapshot = strategy.snapshot(engine.parameters, engine.optimizers, copy=not wait)
         self.checkpoints.commit(self.state, snapshot, strategy.dp_size, wait=wait)
         if strategy.dp_rank == 0 and (durable := self.checkpoints.durable) is not None:
             self.feed.drop_before(durable.position)
-        self.io.committed(self.record)
+
+    def heed(self) -> None:
+        """End the run here if any rank is asked to end it; all of them agree after each step.
+
+        Raises:
+            RunStopped: after a checkpoint of this step is committed.
+        """
+        strategy, reason = self.recipe.strategy, self.io.stop_reason()
+        if not strategy.sum(torch.tensor([float(reason is not None)])):
+            return
+        self._save(wait=True)
+        step = self.state.step
+        message = (
+            f"{self.recipe.name}: stopped after step {step} ({reason or 'another rank was asked to end'}); "
+            "a checkpoint holds it, `--resume` goes on"
+        )
+        if strategy.dp_rank == 0:
+            write_json(self.io.run_dir / STOPPED, {"step": step, "message": message})
+        strategy.barrier()
+        raise RunStopped(message, self.io.stop_signal)
+
+    def not_finite(self, report: StepReport) -> float:
+        """After a step that moved nothing: stop, or go back and on, as the recipe says; returns the progress.
+
+        All ranks see the same numbers and come here together. Going back means the newest committed checkpoint
+        and then the rows *after* the bad ones: parameters that led to numbers that are not finite would do so
+        again on the same rows (Chowdhery et al., arXiv:2204.02311, section 5.1).
+        """
+        state, settings = self.state, self.recipe.train
+        what = f"step {state.step + 1}: loss {report.loss}, gradient norm {report.grad_norm}: not finite"
+        if settings.nan_policy == "stop":
+            raise TrainError(
+                f"{what}; lower `optim.learning_rate` or set `train.nan_policy` to `skip` or `roll_back`"
+            )
+        if state.rollbacks == settings.max_rollbacks:
+            raise TrainError(
+                f"{what}, after {state.rollbacks} returns to a checkpoint; lower `optim.learning_rate`, mend the "
+                "rows, or raise `train.max_rollbacks`"
+            )
+        strategy, engine = self.recipe.strategy, self.engine
+        self.beat("checkpoint")
+        self.checkpoints.finish()
+        strategy.barrier()
+        newest: Path | None = strategy.share(self.checkpoints.newest() if strategy.dp_rank == 0 else None)
+        if newest is None:
+            raise TrainError(f"{what}; there is no checkpoint to go back to")
+        for optimizer in engine.optimizers:
+            optimizer.state.clear()
+        then = self.checkpoints.restore(
+            newest, strategy, engine.parameters, engine.optimizers, same_run=True, accept_changed_data=True
+        )
+        position = self.feed.order.position(state.step + 1)
+        self.state = dataclasses.replace(
+            then, position=position, tokens=state.tokens, rollbacks=state.rollbacks + 1
+        )
+        self.feed.go_on(then.step, position)
+        if strategy.dp_rank == 0:
+            self.io.open(self.recipe, then.step)
+        return self.clock.progress(then.step)
 
     def finish(self) -> Result:
         """Validate, commit the last checkpoint, save the delta and the picture."""
@@ -125,15 +240,17 @@ class Run:
         progress = self.clock.progress(state.step)
         self.io.log({"step": state.step, "progress": progress, **metrics, "final": True})
         self.commit(wait=True)
+        self.beat("end")
         checkpoint = delta = None
         trained = self.recipe.strategy.full_parameters(self.engine.parameters)
-        if self.recipe.strategy.dp_rank == 0:
-            checkpoint = self.checkpoints.path(state.step)
-            delta = save_delta(
-                self.recipe, self.engine.policy.model, trained, run_dir, self.feed, metrics, state
-            )
-            plot_run(run_dir)
-        collections.deque(trained, maxlen=0)  # every rank takes part in gathering what rank 0 saves
+        with self.published():
+            if self.recipe.strategy.dp_rank == 0:
+                checkpoint = self.checkpoints.path(state.step)
+                model = self.engine.policy.model
+                delta = save_delta(self.recipe, model, trained, run_dir, self.feed, metrics, state)
+                plot_run(run_dir)
+            collections.deque(trained, maxlen=0)  # every rank takes part in gathering what rank 0 saves
+        self.profiler.close()
         result = Result(
             run_dir,
             checkpoint,

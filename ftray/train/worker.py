@@ -3,6 +3,7 @@
 One plain function, run in this process, in a Ray Train worker or in a Tune actor; only `io` differs.
 """
 
+import contextlib
 import hashlib
 import uuid
 from pathlib import Path
@@ -10,14 +11,15 @@ from pathlib import Path
 import torch
 
 from ftray.config.recipe import Recipe
-from ftray.core.errors import ConfigError, TrainError
-from ftray.optim.first_order import FirstOrder, StepReport
-from ftray.train.build import build_model, choose_precision
+from ftray.core.errors import ConfigError
+from ftray.optim.first_order import FirstOrder
+from ftray.train.build import build_model, build_optimizers, choose_precision
 from ftray.train.checkpoint import Checkpoints, State, run_identity
 from ftray.train.clock import Clock
 from ftray.train.feed import Feed
 from ftray.train.io import IO
 from ftray.train.kind import check_rows
+from ftray.train.oom import explained
 from ftray.train.roles import build_policy
 from ftray.train.run import Result, Run
 
@@ -40,24 +42,26 @@ def train(
         accept_changed_data: go on though the rows, the seed or the batch size are not those of the checkpoint.
 
     Raises:
-        TrainError: if the loss or the gradient stops being finite and the recipe says to stop.
+        TrainError: if the loss or the gradient stops being finite and the recipe says to stop, or a step hangs.
+        RunStopped: if it was asked to end early; a checkpoint holds every step it has done.
     """
     if recipe.trainer is not None:
         if start_from is not None or stop_at is not None:
             raise ConfigError("trainer: only whole runs of a trainer that is not ours can be made; remove it")
         result: Result = recipe.trainer.train(recipe, io)
         return result
-    try:
+    with contextlib.closing(io), explained(recipe):
         run = begin(recipe, io, start_from, accept_changed_data)
         try:
-            progress = run.clock.progress(run.state.step)
+            run.start()
+            progress = run.progress()
             while progress < 1 and run.state.step != stop_at:
                 progress = one_step(run, progress)
+                if progress < 1:
+                    run.heed()
             return run.finish()
         finally:
             run.checkpoints.close()
-    finally:
-        io.close()
 
 
 def one_step(run: Run, progress: float) -> float:
@@ -65,15 +69,20 @@ def one_step(run: Run, progress: float) -> float:
     recipe, step = run.recipe, run.state.step
     torch.manual_seed(step_seed(recipe.seed, step, recipe.strategy.dp_rank))
     scale = recipe.lr_scheduler.scale(step, progress)
-    report = run.engine.step(run.feed.batches(step), scale)
-    check_finite(recipe, step, report)
+    run.beat("rows" if recipe.data.stream else "step")  # rows that are being prepared are waited for
+    batches = run.feed.batches(step)
+    run.beat()
+    report = run.engine.step(batches, scale)
+    if not report.applied and recipe.train.nan_policy != "skip":
+        return run.not_finite(report)
     progress = run.advance(report, recipe.optim.learning_rate * scale)
     validates = due(run.state.step, recipe.train.eval_steps) and progress < 1
     if validates:
         run.validate()
+        progress = run.progress()
     if validates or due(run.state.step, recipe.train.logging_steps) or progress >= 1:
         run.log()
-    if due(run.state.step, recipe.train.save_steps):
+    if due(run.state.step, recipe.train.save_steps) or (recipe.train.save_best and run.is_best):
         run.commit()
     return progress
 
@@ -98,10 +107,12 @@ def begin(recipe: Recipe, io: IO, start_from: Path | None, accept_changed_data: 
         feed.mark_used(io.run_dir)
     model = build_model(recipe)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizers = strategy.attach(model, recipe.optim.build(parameters))
+    optimizers = strategy.attach(model, build_optimizers(recipe, parameters))
     identity = run_identity(recipe, feed.digest)
     life = strategy.share(uuid.uuid4().hex[:8])
-    checkpoints = Checkpoints(io.run_dir / "checkpoints", identity, settings.save_total_limit, life)
+    checkpoints = Checkpoints(
+        io.run_dir / "checkpoints", identity, settings.save_total_limit, life, settings.save_best
+    )
     own: Path | None = strategy.share(checkpoints.newest() if main else None)
     state = State()
     if source := own or start_from:
@@ -127,15 +138,6 @@ def begin(recipe: Recipe, io: IO, start_from: Path | None, accept_changed_data: 
         io.open(recipe, state.step)
     clock = Clock(settings, len(feed.shards), strategy, state)
     return Run(recipe, io, feed, engine, checkpoints, clock, state)
-
-
-def check_finite(recipe: Recipe, step: int, report: StepReport) -> None:
-    """Raise `TrainError` if a step's numbers were not finite and the recipe says to stop then."""
-    if not report.applied and recipe.train.nan_policy == "stop":
-        raise TrainError(
-            f"step {step + 1}: loss {report.loss}, gradient norm {report.grad_norm}: not finite; "
-            "lower `optim.learning_rate` or set `train.nan_policy: skip`"
-        )
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

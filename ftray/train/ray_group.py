@@ -1,0 +1,196 @@
+"""A run as a Ray Train worker group: started, restarted, resized, and ended with what the user is to know."""
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ftray.config.recipe import Recipe
+from ftray.core import errors
+from ftray.core.errors import FtrayError, RunStopped, TrainError
+from ftray.core.fs import read_json, write_bytes, write_json
+from ftray.core.spec import dump, parse
+from ftray.data.store import Folder
+from ftray.strategy.elastic import bounds
+from ftray.train.io import Record
+from ftray.train.run import STOPPED, Result
+from ftray.train.stop import FILE as STOP
+from ftray.train.stop import Stop
+from ftray.train.tail import Tail
+from ftray.train.track.jsonl import FILE as METRICS
+from ftray.train.watchdog import hung
+from ftray.train.worker import train
+
+MISTAKE = "mistake.json"
+"""Written by a worker that meets a user's mistake, read and removed by the driver."""
+
+_RAY_SETTINGS = {
+    # A group that cannot start for lack of room should say so in minutes, not hang.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+}
+_ASK_EVERY_S = 0.2
+_COLLECTIVE_MARGIN_S = 60
+
+
+def run_group(
+    recipe: Recipe,
+    run_dir: Path,
+    shards: tuple[Folder, Folder | None],
+    cpus_per_worker: float,
+    accept_changed_data: bool,
+    on_record: Callable[[Record], None] | None,
+) -> Result:
+    """Train in a worker group, again after each notice that ended one in order.
+
+    Raises:
+        RunStopped: if this process was asked to end; a checkpoint holds every step.
+        FtrayError: a user's mistake that a worker met, or what made the group fail `max_failures` times.
+    """
+    for key, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(key, value)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = {
+        "recipe": dump(recipe),
+        "run_dir": str(run_dir),
+        "shards": shards,
+        "cwd": str(Path.cwd()),
+        "accept_changed_data": accept_changed_data,
+    }
+    stop = Stop(run_dir)
+    begun = -1
+    try:
+        with Tail(run_dir / METRICS, on_record):
+            while True:
+                for name in (MISTAKE, STOPPED):
+                    (run_dir / name).unlink(missing_ok=True)
+                _fit(_trainer(recipe, run_dir, cpus_per_worker, config), run_dir, stop)
+                if not (run_dir / STOPPED).exists():
+                    return _result(run_dir)
+                stopped = read_json(run_dir / STOPPED)
+                if stop.reason or stopped["step"] <= begun:
+                    raise RunStopped(stopped["message"], stop.signum)
+                begun = stopped["step"]
+    finally:
+        stop.close()
+        (run_dir / STOP).unlink(missing_ok=True)
+
+
+def _trainer(recipe: Recipe, run_dir: Path, cpus_per_worker: float, config: dict[str, Any]) -> Any:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from ftray.train.ray_io import Orderly
+
+    strategy, settings = recipe.strategy, recipe.train
+    least, most = bounds(strategy.num_workers)
+    # A rank that waits for one that hangs is found by its own guard; this is for runs that have none.
+    timeout_s = 1800 if settings.watchdog_s is None else settings.watchdog_slow_s + _COLLECTIVE_MARGIN_S
+    scaling: dict[str, Any] = {
+        "num_workers": most if least == most else (least, most),
+        "elastic_resize_monitor_interval_s": settings.elastic_interval_s,
+        "resources_per_worker": {"CPU": cpus_per_worker},
+        "use_gpu": ray.cluster_resources().get("GPU", 0) >= least,
+    }
+    running: dict[str, Any] = {
+        "name": "ray",
+        "storage_path": str(run_dir),
+        "failure_config": FailureConfig(max_failures=strategy.max_failures),
+        "callbacks": [Orderly()],
+    }
+    return TorchTrainer(
+        _worker,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(**scaling),
+        torch_config=TorchConfig(timeout_s=int(timeout_s)),
+        run_config=RunConfig(**running),
+    )
+
+
+def _fit(trainer: Any, run_dir: Path, stop: Stop) -> None:
+    """Wait for the group; a signal to this process becomes a file the workers see.
+
+    The waiting is another thread's, since Ray Train's own handler of SIGINT would end the group where it stands.
+    """
+    failed: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=fit, name="ftray-fit", daemon=True)
+    thread.start()
+    told = False
+    while thread.is_alive():
+        thread.join(_ASK_EVERY_S)
+        if stop.reason and not told:
+            told = True
+            write_bytes(run_dir / STOP, stop.reason.encode())
+    if mistake := _mistake(run_dir):
+        raise mistake
+    if failed:
+        found = hung(run_dir)
+        raise (TrainError(found) if found else _ours(failed[0])) from failed[0]
+
+
+def _result(run_dir: Path) -> Result:
+    saved = read_json(run_dir / "result.json")
+    paths = {key: Path(saved[key]) for key in ("run_dir", "checkpoint", "delta") if saved[key]}
+    return Result(**{**saved, **paths})
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Body of one Ray Train worker: the same `train` as everywhere.
+
+    Ray Train starts a failed group again, which is right for a machine's fault and no use for a user's mistake:
+    that one is written down, and the next group ends at once for the driver to tell it.
+    """
+    import torch
+
+    from ftray.train.ray_io import RayIO
+
+    run_dir = Path(config["run_dir"])
+    if (run_dir / MISTAKE).exists():
+        return
+    # Ray starts workers in a folder of its own; the recipe's relative paths and modules mean the driver's.
+    if Path(config["cwd"]).is_dir():
+        os.chdir(config["cwd"])
+        sys.path.insert(0, config["cwd"])
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    try:
+        train(
+            parse(Recipe, config["recipe"]),
+            RayIO(run_dir, config["shards"]),
+            accept_changed_data=config["accept_changed_data"],
+        )
+    except RunStopped:
+        return  # rank 0 wrote down where; the driver decides what follows
+    except FtrayError as error:
+        with contextlib.suppress(OSError):  # a full disk: then the group's failure tells it
+            write_json(run_dir / MISTAKE, {"type": type(error).__name__, "message": str(error)})
+        raise
+
+
+def _mistake(run_dir: Path) -> FtrayError | None:
+    """What a worker wrote down about a user's mistake."""
+    if not (run_dir / MISTAKE).exists():
+        return None
+    told = read_json(run_dir / MISTAKE)
+    (run_dir / MISTAKE).unlink()
+    found: FtrayError = getattr(errors, told["type"], TrainError)(told["message"])
+    return found
+
+
+def _ours(error: BaseException) -> FtrayError:
+    """One line that names the last cause of a worker group's failure."""
+    failures = getattr(error, "worker_failures", {})
+    shown = next(iter(failures.values()), error)
+    lines = str(shown).strip().splitlines()
+    return TrainError(f"the worker group failed: {lines[-1] if lines else type(shown).__name__}")
