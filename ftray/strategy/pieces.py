@@ -24,7 +24,6 @@ LAYOUT = "pieces"
 _INDEX = "pieces"
 SEPARATOR = "::"
 """Between a parameter's name and the name of a part of its optimiser's state."""
-Files = Mapping[str, dict[str, torch.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
