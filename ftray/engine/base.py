@@ -9,25 +9,11 @@ from ftray.delta import manifest
 from ftray.engine.api import EngineInfo
 from ftray.engine.scheduler import Scheduler
 from ftray.model.identity import base_identity
+from ftray.model.positions import max_positions
 from ftray.model.tokenizer import chat_template_hash
 from ftray.registry.local import VERSION_FILE
 
-# Their rotary factors depend on the longest row of the batch beyond the original length, so one request would
-# change another's logits; within it they do not.
-_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
-
-def max_positions(config: Any) -> int:
-    """Most tokens of one sequence that a model takes, whatever else is in the batch."""
-    text = config.get_text_config()
-    limit = int(getattr(text, "max_position_embeddings", None) or 1 << 30)
-    rope = getattr(text, "rope_parameters", None) or {}
-    for part in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
-        if part.get("rope_type") in _BATCH_DEPENDENT_ROPE:
-            original = part.get("original_max_position_embeddings")
-            original = original or getattr(text, "original_max_position_embeddings", None)
-            limit = min(limit, int(original or limit))
-    return limit
+__all__ = ["DeltaGate", "attention_span", "engine_info", "eos_ids", "load_checked", "max_positions"]
 
 
 def attention_span(config: Any) -> int:

@@ -25,12 +25,15 @@ def resolve_folder(name_or_path: str) -> Path:
 
 
 def _from_hub(repo_id: str) -> Path:
+    """The snapshot in the Hugging Face cache; one process of a node fetches a file, the others wait."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+    # The same weights in another layout (`consolidated.safetensors`, folders) would double the download.
+    others = ["consolidated*", "*/*"]
     try:
-        folder = Path(snapshot_download(repo_id, allow_patterns=patterns))
+        folder = Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=others))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(

@@ -8,6 +8,7 @@ from ftray.core.errors import ConfigError
 from ftray.data.read import counts_line
 from ftray.data.source import Source, find_sources
 from ftray.model.build import build_structure
+from ftray.model.positions import max_positions
 from ftray.model.tokenizer import load_tokenizer
 from ftray.train.kind import check_rows
 from ftray.train.roles import check_teacher
@@ -54,10 +55,11 @@ def check_model(recipe: Recipe) -> str:
             f"model.tokenizer_name_or_path: {tokens} tokens, the model has embeddings for {rows}; "
             "use the model's own tokenizer"
         )
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and recipe.data.max_length > longest:
+    longest = max_positions(model.config)
+    if recipe.data.max_length > longest:
         raise ConfigError(
-            f"data.max_length: {recipe.data.max_length} is more than the model's {longest} positions"
+            f"data.max_length: {recipe.data.max_length} is more than the model's {longest} positions (`longrope` "
+            "and `dynamic` ones go by the longest document of a batch beyond the original length); set it lower"
         )
     return f"model: {total:,} parameters, {trained:,} train ({trained / total:.2%})"
 

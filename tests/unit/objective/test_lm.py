@@ -48,7 +48,7 @@ def plain_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return total
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("architecture", list(tiny.ARCHITECTURES))
 @pytest.mark.parametrize("chunk", [1 << 22, 258 * 5])
 def test_equals_plain_cross_entropy(
     architecture: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
