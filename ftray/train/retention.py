@@ -51,8 +51,9 @@ def prune(folder: Path, keep: int, keep_best: bool) -> None:
     A folder gets another name before its files go, so that a kill leaves a whole checkpoint or none.
     """
     paths = {int(path.name[5:]): path for path in folder.glob("step-*")}
-    losses = {step: loss for step, path in paths.items() if (loss := _eval_loss(path)) is not None}
-    for step in superfluous(paths, keep, losses if keep_best else {}, pinned(folder)):
+    looked_at = paths if keep_best else {}
+    losses = {step: loss for step, path in looked_at.items() if (loss := _eval_loss(path)) is not None}
+    for step in superfluous(paths, keep, losses, pinned(folder)):
         with contextlib.suppress(OSError):
             shutil.rmtree(paths[step].rename(folder / f".tmp-gone-{step}"))
 
