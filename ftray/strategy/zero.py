@@ -120,6 +120,8 @@ class Zero:
             model=model, optimizer=optimizer, config=self.config, dist_init_required=False
         )
         self.optimizer = self.engine.optimizer
+        if self.optimizer.dtype == torch.bfloat16:  # else it would take a step that is not finite
+            self.optimizer.check_grad_overflow = True
         if self.stage == 3:
             self._keep_whole(
                 [p for name, p in model.named_parameters() if name not in model.ftray_base_names]
