@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerAction, ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile
 
 from ftray.core.fs import read_json, write_json
 
@@ -47,7 +47,7 @@ class Profiler:
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(activities=activities, schedule=lambda _: ProfilerAction.RECORD)
+        self._profile = profile(activities=activities)
         self._profile.start()
         self._start = time.perf_counter()
 
@@ -74,7 +74,7 @@ def summary_of(found: Any, seconds: float, steps: int, rank: int) -> dict[str, A
         own_us = item.self_device_time_total if on_gpu else item.self_cpu_time_total
         if item.key.lower().startswith(_COLLECTIVE):
             waited_us = max(waited_us, item.device_time_total if on_gpu else item.cpu_time_total)
-        elif own_us:
+        elif own_us and not item.key.startswith("ProfilerStep"):
             ops[item.key] = own_us / 1e6
     top = dict(sorted(ops.items(), key=lambda pair: -pair[1])[:_NUM_OPS])
     waited_s = min(seconds, waited_us / 1e6)

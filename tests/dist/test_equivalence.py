@@ -1,0 +1,70 @@
+"""`ftray check --equivalence`: a sound recipe passes, one whose loss depends on how rows are cut is named."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from ftray.cli.main import main
+from ftray.config.load import write_resolved
+from ftray.core.spec import spec
+from ftray.data.batch import Batch
+from ftray.model.policy import Policy
+from ftray.objective.lm import SupervisedFineTuning
+from ftray.train.equivalence import Difference, largest_difference, losses_of, table, variants_of
+from tests.recipes import MakeRecipe
+
+
+@spec
+class MeanOfMeans(SupervisedFineTuning):
+    """The classic mistake: every micro batch counts the same, however many targets it has."""
+
+    def weights(self, batch: Batch) -> Mapping[str, float]:
+        return {"nll": 1.0}
+
+    def sums(self, policy: Policy, batch: Batch) -> Mapping[str, torch.Tensor]:
+        total = super().sums(policy, batch)["nll"]
+        return {"nll": total / max(1.0, super().weights(batch)["nll"])}
+
+
+def check(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["check", str(path), "--equivalence"])
+    code = ended.value.code
+    return int(code or 0), capsys.readouterr().out
+
+
+def test_sound(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_resolved(make_recipe(adapt__lora_dropout=0.1), tmp_path / "recipe.yaml")
+    code, text = check(tmp_path / "recipe.yaml", capsys)
+    assert code == 0, text
+    for name in (
+        "micro batches of 1",
+        "packing off: each document alone",
+        "ddp, 1 workers",
+        "ddp, 2 workers",
+    ):
+        assert name in text
+    assert "differs" not in text and text.rstrip().endswith("ok")
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_unsound(make_recipe: MakeRecipe, tmp_path: Path, packing: bool) -> None:
+    """In this process alone: what must be told apart, is."""
+    rows = [{"prompt": f"{i}:", "completion": "abcdefg" * (1 + i % 5)} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    objective = {"type": "tests.dist.test_equivalence:MeanOfMeans"}
+    files = {"data__train": str(tmp_path / "rows.jsonl"), "data__validation": []}
+    recipe = make_recipe(objective=objective, data__packing=packing, **files)
+    reference, *others = [variant for variant in variants_of(recipe) if variant.recipe.strategy.in_process]
+    curve = losses_of(reference.recipe, reference.rows, 3)
+    names = []
+    for variant in others:
+        found = losses_of(variant.recipe, variant.rows, 3)
+        names.append(variant.name)
+        difference = Difference(variant.name, largest_difference(found, curve), found)
+        assert difference.relative > 1e-3 and "<- differs" in table([difference, difference])[1]
+    packed = "off: each document alone" if packing else "on: documents joined to rows"
+    assert names == ["micro batches of 1 instead of 2", f"packing {packed}"]
