@@ -85,7 +85,10 @@ class Run:
 
     def start(self) -> None:
         """What is to be done once before the first step of this process."""
-        self.io.start(self.recipe, self.recipe.strategy.dp_rank)
+        rank = self.recipe.strategy.dp_rank
+        self.io.start(self.recipe, rank)
+        if rank == 0:  # what an earlier group of the same command left when it was resized
+            (self.io.run_dir / STOPPED).unlink(missing_ok=True)
         if self.recipe.train.nan_policy == "roll_back" and self.state.step == 0:
             self.commit(wait=True)  # so that there is one to go back to
 

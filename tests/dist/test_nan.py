@@ -1,5 +1,6 @@
 """Numbers that are not finite on one rank alone: no rank moves, all of them do what the recipe says."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -52,49 +53,52 @@ def cases(recipes: list[Recipe]) -> list[dict[str, Any]]:
     return [outcome(recipe) for recipe in recipes]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_one_rank_alone_is_not_finite(make_recipe: MakeRecipe, strategy: str) -> None:
+def test_one_rank_alone_is_not_finite(make_recipe: MakeRecipe) -> None:
     """Rank 1's loss is no number, or its gradient infinite, in its fourth step."""
 
-    def recipe(name: str, policy: str, spoil: str, **changes: Any) -> Recipe:
-        once = str(Path(make_recipe().output_dir) / f"{name}.once")
-        Path(once).parent.mkdir(parents=True, exist_ok=True)
-        fault = {"type": "tests.faults:Faulty", "spoil": spoil, "rank": 1, "at": 4, "times": 99}
+    def recipe(strategy: str, policy: str, spoil: str, for_ever: bool = False) -> Recipe:
+        name = f"{strategy}-{policy}-{spoil}{'-for-ever' if for_ever else ''}".replace("_", "-")
+        once = "" if for_ever else str(Path(make_recipe().output_dir).parent / f"{name}.once")
+        fault = {"type": "tests.faults:Faulty", "spoil": spoil, "rank": 1, "at": 4, "times": 99, "once": once}
         return make_recipe(
             name,
             strategy={"type": strategy, "num_workers": 2},
-            objective=fault | changes.pop("fault", {"once": once}),
+            objective=fault,
             train__nan_policy=policy,
+            train__max_rollbacks=2,
             train__save_steps=2,
             train__max_steps=6,
             data__validation=[],
-            **changes,
         )
 
-    policies = [(policy, spoil) for policy in ("stop", "skip", "roll_back") for spoil in ("loss", "gradient")]
-    recipes = [recipe(f"{policy}-{spoil}".replace("_", "-"), policy, spoil) for policy, spoil in policies]
-    recipes.append(recipe("for-ever", "roll_back", "loss", fault={}, train__max_rollbacks=2))
+    kinds = list(itertools.product(STRATEGIES, ("stop", "skip", "roll_back"), ("loss", "gradient")))
+    recipes = [recipe(*kind) for kind in kinds] + [recipe("ddp", "roll_back", "loss", for_ever=True)]
     ranks = on_ranks(2, cases, recipes)
-    for number, (policy, spoil) in enumerate(policies):
-        one, two = (rank[number] for rank in ranks)
-        assert one["moved"][:3] == two["moved"][:3] == [True] * 3
-        records = read_records(Path(recipes[number].output_dir) / recipes[number].name / "metrics.jsonl")
-        steps = [record for record in records if "grad_norm" in record]
-        if policy == "stop":
-            assert one["moved"][3:] == two["moved"][3:] == [False]
-            assert one["error"] == two["error"] and "step 4: " in one["error"]
-            assert ("loss nan" in one["error"]) == (spoil == "loss")
-        if policy == "skip":
-            assert one["moved"] == two["moved"] == [True] * 3 + [False] + [True] * 2
-            assert [record["skipped"] for record in steps] == [0, 0, 0, 1, 0, 0]
-        if policy == "roll_back":
-            # Back to step 2, then four more steps on the rows after the bad ones.
-            assert len(one["moved"]) == len(two["moved"]) == 8 and one["error"] is None
-            assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
-            assert [record["rollbacks"] for record in steps] == [0, 0, 1, 1, 1, 1]
-            assert all(math.isfinite(record["loss"]) for record in steps)
+    for number, (_, policy, spoil) in enumerate(kinds):
+        run_dir = Path(recipes[number].output_dir) / recipes[number].name
+        steps = [record for record in read_records(run_dir / "metrics.jsonl") if "grad_norm" in record]
+        check(policy, spoil, ranks[0][number], ranks[1][number], steps)
     for rank in ranks:
         assert "after 2 returns to a checkpoint" in rank[-1]["error"]
+
+
+def check(
+    policy: str, spoil: str, one: dict[str, Any], two: dict[str, Any], steps: list[dict[str, Any]]
+) -> None:
+    assert one["moved"][:3] == two["moved"][:3] == [True] * 3
+    if policy == "stop":
+        assert one["moved"][3:] == two["moved"][3:] == [False]
+        assert one["error"] == two["error"] and "step 4: " in one["error"]
+        assert ("loss nan" in one["error"]) == (spoil == "loss")
+    if policy == "skip":
+        assert one["moved"] == two["moved"] == [True] * 3 + [False] + [True] * 2
+        assert [record["skipped"] for record in steps] == [0, 0, 0, 1, 0, 0]
+    if policy == "roll_back":
+        # Back to step 2, then four more steps on the rows after the bad ones.
+        assert len(one["moved"]) == len(two["moved"]) == 8 and one["error"] is None
+        assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+        assert [record["rollbacks"] for record in steps] == [0, 0, 1, 1, 1, 1]
+        assert all(math.isfinite(record["loss"]) for record in steps)
 
 
 def test_the_rows_after_a_roll_back(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -1,0 +1,286 @@
+"""`python -m benchmarks.chaos --train`: runs of two workers that are killed in every way, and what became of them.
+
+Each run is the real command (`ftray run`) on a cluster of its own. At a random step one of its processes is killed
+or stopped; the command is given again with `--resume` until it succeeds. Then every optimiser step's rows and
+loss are compared with those of a run nobody disturbed. The last line is one JSON object.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks import recorded
+from ftray.config.load import write_resolved
+from ftray.config.recipe import Recipe
+from ftray.core.errors import FtrayError
+from ftray.core.fs import read_json
+from ftray.core.spec import parse
+from ftray.train.checkpoint import read_manifest
+from ftray.train.track.jsonl import read_records
+
+STEPS, SAVE_STEPS, BATCH = 40, 5, 8
+KINDS = ("worker", "driver", "raylet", "controller", "hang", "sigterm_driver", "sigterm_worker")
+ORDERLY = ("sigterm_driver", "sigterm_worker")
+"""Kinds that leave time to commit: no step may be done twice."""
+_ATTEMPTS = 4
+_WAIT_S = 180.0
+
+
+@dataclass
+class Outcome:
+    """What became of one disturbed run."""
+
+    kind: str
+    at_step: int
+    finished: bool = False
+    attempts: int = 0
+    missing: int = 0
+    repeated: int = 0
+    corrupt: int = 0
+    lost_steps: int = 0
+    losses_equal: bool = False
+    wall_s: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+class Campaign:
+    """Runs in one folder, each disturbed once.
+
+    Args:
+        folder: where everything lies.
+        seed: decides kinds and steps.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        from ftray.testing.tiny import tiny_base
+
+        self.folder, self.draw = folder, random.Random(seed)
+        self.base = tiny_base(folder / "base")
+        rows = [
+            {"prompt": f"{n:03d} {n % 7}\n# Answer:", "completion": f" {'abc'[n % 3]}"} for n in range(96)
+        ]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.losses: dict[int, float] = {}
+        self.rows: dict[int, list[int]] = {}
+
+    def reference(self) -> None:
+        """The run nobody disturbs."""
+        process = self.start(self.recipe("reference"))
+        if process.wait(_WAIT_S) != 0:
+            raise RuntimeError("the reference run failed")
+        self.losses, self.rows = self.curve("reference"), self.steps("reference")
+
+    def disturbed(self, number: int, kind: str) -> Outcome:
+        """One run, disturbed once, resumed until it is done."""
+        recipe = self.recipe(f"{number:03d}-{kind.replace('_', '-')}")
+        outcome = Outcome(kind, self.draw.randrange(SAVE_STEPS + 1, STEPS - 8))
+        started = time.monotonic()
+        process = self.start(recipe)
+        done = False
+        for outcome.attempts in range(1, _ATTEMPTS + 1):
+            if not done and self.wait_for(recipe.name, outcome.at_step, process):
+                self.disturb(kind, recipe.name, process)
+                done = True
+            try:
+                code = process.wait(_WAIT_S)
+            except subprocess.TimeoutExpired:
+                outcome.notes.append("did not end")
+                end(process)
+                code = -1
+            outcome.corrupt += self.corrupt(recipe.name)
+            if code == 0:
+                outcome.finished = True
+                break
+            process = self.start(recipe, "--resume")
+        outcome.wall_s = time.monotonic() - started
+        self.judge(recipe.name, outcome)
+        return outcome
+
+    def judge(self, name: str, outcome: Outcome) -> None:
+        """Compare with the reference."""
+        rows = self.steps(name)
+        for step, expected in self.rows.items():
+            seen, wanted = collections.Counter(rows.get(step, [])), collections.Counter(expected)
+            outcome.missing += (wanted - seen).total()
+            outcome.repeated += (seen - wanted).total()
+        outcome.losses_equal = self.curve(name) == self.losses
+        outcome.lost_steps = recorded.lost_work(recorded.read(self.folder / "ids" / name))
+
+    def recipe(self, name: str) -> Recipe:
+        """A run of 40 steps on two workers."""
+        ids = self.folder / "ids" / name
+        ids.parent.mkdir(exist_ok=True)
+        return parse(
+            Recipe,
+            {
+                "name": name,
+                "output_dir": str(self.folder / "runs"),
+                "model": {"model_name_or_path": str(self.base)},
+                "data": {
+                    "train": str(self.folder / "rows.jsonl"),
+                    "max_length": 64,
+                    "packing": False,
+                    "cache_dir": str(self.folder / "cache"),
+                },
+                "adapt": {"type": "lora", "r": 4},
+                "objective": {"type": "benchmarks.recorded:Objective", "pause_s": 0.05},
+                "optim": {"type": "benchmarks.recorded:Optimizer", "learning_rate": 1e-2, "path": str(ids)},
+                "lr_scheduler": "linear",
+                "strategy": {"type": "ddp", "num_workers": 2, "cpus_per_worker": 0.5},
+                "train": {
+                    "max_steps": STEPS,
+                    "global_batch_size": BATCH,
+                    "per_device_train_batch_size": 2,
+                    "save_steps": SAVE_STEPS,
+                    "bf16": False,
+                    "watchdog_s": 4.0,
+                    "watchdog_slow_s": 20.0,
+                },
+            },
+        )
+
+    def start(self, recipe: Recipe, *flags: str) -> subprocess.Popen[bytes]:
+        """`ftray run`, its output in a file."""
+        file = self.folder / f"{recipe.name}.yaml"
+        write_resolved(recipe, file)
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "ftray.cli.main", "run", str(file), *flags]
+        with (self.folder / f"{recipe.name}.log").open("ab") as log:
+            return subprocess.Popen(
+                command, env=environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def wait_for(self, name: str, step: int, process: subprocess.Popen[bytes]) -> bool:
+        """True when the run has come to a step, False if it ended before."""
+        deadline = time.monotonic() + _WAIT_S
+        while max(self.curve(name), default=0) < step:
+            if process.poll() is not None or time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def disturb(self, kind: str, name: str, process: subprocess.Popen[bytes]) -> None:
+        """Do what the kind says."""
+        time.sleep(self.draw.random() * 0.4)  # anywhere in a step or a commit
+        if kind.endswith("driver"):
+            pid = process.pid
+        elif kind in ("raylet", "controller"):
+            pid = self.find(process, "raylet/raylet" if kind == "raylet" else "TrainController")
+        else:
+            progress = self.folder / "runs" / name / "progress" / f"rank-{self.draw.randrange(2)}.json"
+            pid = read_json(progress)["pid"]
+        number = signal.SIGKILL
+        if kind == "hang":
+            number = signal.SIGSTOP
+        elif kind.startswith("sigterm"):
+            number = signal.SIGTERM
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    def find(self, process: subprocess.Popen[bytes], word: str) -> int:
+        """The descendant of a run whose command line begins with a word."""
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if word in (child.cmdline() or [""])[0]:
+                    return child.pid
+        raise LookupError(f"no process {word!r}")
+
+    def curve(self, name: str) -> dict[int, float]:
+        """Loss by step."""
+        records = read_records(self.folder / "runs" / name / "metrics.jsonl")
+        return {record["step"]: record["loss"] for record in records if "grad_norm" in record}
+
+    def steps(self, name: str) -> dict[int, list[int]]:
+        """Rows by optimiser step."""
+        return recorded.rows_by_step(recorded.read(self.folder / "ids" / name))
+
+    def corrupt(self, name: str) -> int:
+        """Committed checkpoints that are not whole."""
+        found = 0
+        checkpoints = self.folder / "runs" / name / "checkpoints"
+        for path in checkpoints.glob("step-*"):
+            try:
+                read_manifest(path)
+            except FtrayError:
+                found += 1
+        return found + len(list(checkpoints.glob("damaged-*")))
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a run and everything it started."""
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+    process.kill()
+    process.wait()
+
+
+def summary(outcomes: list[Outcome], minutes: float, seed: int) -> dict[str, Any]:
+    """The line that is printed last."""
+    return {
+        "benchmark": "chaos-train",
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "minutes": minutes,
+        "seed": seed,
+        "runs": len(outcomes),
+        "runs_finished": sum(outcome.finished for outcome in outcomes),
+        "kills": dict(collections.Counter(outcome.kind for outcome in outcomes)),
+        "ids_missing": sum(outcome.missing for outcome in outcomes),
+        "ids_repeated": sum(outcome.repeated for outcome in outcomes),
+        "corrupt_loads": sum(outcome.corrupt for outcome in outcomes),
+        "losses_bit_equal": sum(outcome.losses_equal for outcome in outcomes),
+        "largest_lost_steps": max((outcome.lost_steps for outcome in outcomes), default=0),
+        "largest_lost_steps_after_sigterm": max(
+            (outcome.lost_steps for outcome in outcomes if outcome.kind in ORDERLY), default=0
+        ),
+        "checkpoint_interval_steps": SAVE_STEPS,
+        "optimiser_steps_per_run": STEPS,
+        "outcomes": [vars(outcome) for outcome in outcomes],
+    }
+
+
+def main() -> None:
+    """Run the campaign."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train", action="store_true", required=True, help="disturb training runs")
+    parser.add_argument("--minutes", type=float, default=10.0, help="start no further run after this time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--keep", type=Path, help="leave everything in this folder")
+    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    arguments = parser.parse_args()
+    folder = arguments.keep or Path(tempfile.mkdtemp(prefix="ftray-chaos-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    started, outcomes = time.monotonic(), []
+    try:
+        campaign = Campaign(folder, arguments.seed)
+        campaign.reference()
+        kinds = iter(arguments.kinds * 10_000)
+        while time.monotonic() - started < arguments.minutes * 60:
+            outcomes.append(campaign.disturbed(len(outcomes), next(kinds)))
+            if not arguments.json:
+                print(vars(outcomes[-1]), flush=True)
+    finally:
+        if not arguments.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps(summary(outcomes, arguments.minutes, arguments.seed)))
+
+
+if __name__ == "__main__":
+    main()
