@@ -5,15 +5,17 @@ of one comparison are interleaved step by step, each with its own memory and thr
 prints goes to standard error.
 """
 
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Pause = Callable[[dict[str, Any]], None]
+from benchmarks.train.setup import make_recipe
+from ftray.core.spec import replace
+from ftray.train.track.jsonl import FILE
 
 
 class Lines:
@@ -27,6 +29,8 @@ class Lines:
 
     def ready(self) -> None:
         """Everything is imported: what is held from now on counts as memory; waits for the first step."""
+        import torch._dynamo  # noqa: F401 (an optimiser imports it at its first step)
+
         self._baseline = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         self._say({"ready": True})
@@ -53,15 +57,12 @@ def _status(key: str) -> int:
 
 def ours(spec: dict[str, Any], lines: Lines) -> None:
     """The product: `ftray.train.worker.train` with its feed, trackers and checks."""
-    import shutil
-
     import torch.distributed as dist
 
-    from benchmarks.train.setup import make_recipe
     from ftray.train.io import LocalIO
     from ftray.train.worker import train
 
-    folder = Path(spec["folder"])
+    lines.ready()
     if "rank" in spec:
         os.environ |= {
             "GLOO_SOCKET_IFNAME": "lo",
@@ -69,25 +70,62 @@ def ours(spec: dict[str, Any], lines: Lines) -> None:
             "MASTER_PORT": str(spec["port"]),
         }
         dist.init_process_group("gloo", rank=spec["rank"], world_size=spec["world"])
-    recipe = make_recipe(folder, spec["length"], **spec.get("changes", {}))
-    run_dir = folder / "runs" / f"{spec['name']}-{os.getpid()}"
-    lines.ready()
-    try:
-        train(recipe, _Paused(run_dir, lines.pause) if "rank" in spec else LocalIO(run_dir, lines.pause))
-    finally:
-        shutil.rmtree(run_dir, ignore_errors=True)
-
-
-def _Paused(run_dir: Path, pause: Pause) -> Any:
-    """Every rank pauses, also one that opens no tracker."""
-    from ftray.train.io import LocalIO
 
     class Paused(LocalIO):
+        """Pauses after each step, on every rank."""
+
         def log(self, record: dict[str, Any]) -> None:
             super().log(record)
-            pause(record)
+            lines.pause(record)
 
-    return Paused(run_dir)
+    recipe, run_dir = _recipe_and_folder(spec)
+    train(recipe, Paused(run_dir))
+
+
+def checkpoint(spec: dict[str, Any], lines: Lines) -> None:
+    """A step, then a checkpoint written beside the next, then a step and one that is waited for."""
+    from ftray.train.io import LocalIO
+    from ftray.train.worker import begin, one_step
+
+    recipe, run_dir = _recipe_and_folder(spec)
+    lines.ready()
+    run = begin(recipe, LocalIO(run_dir), None)
+    while True:
+        record: dict[str, Any] = {}
+        for key, wait in (("asynchronous_s", False), ("synchronous_s", True)):
+            one_step(run, 0.0)
+            start = time.perf_counter()
+            run.commit(wait=wait)
+            record[key] = time.perf_counter() - start
+        newest = run.checkpoints.path(run.state.step)
+        record["checkpoint_bytes"] = sum(file.stat().st_size for file in newest.iterdir())
+        lines.pause(record)
+
+
+def launch(spec: dict[str, Any], lines: Lines) -> None:
+    """The whole of a short run through Ray Train, from the call to its result."""
+    from ftray.train.ray_launch import launch as run
+
+    recipe, run_dir = _recipe_and_folder(spec)
+    lines.ready()
+    start, first = time.perf_counter(), []
+
+    def on_record(record: dict[str, Any]) -> None:
+        first.append(time.perf_counter() - start - record["elapsed_s"])
+
+    result = run(
+        replace(replace(recipe, "name", run_dir.name), "output_dir", str(run_dir.parent)), on_record=on_record
+    )
+    records = [json.loads(line) for line in (result.run_dir / FILE).read_text().splitlines()]
+    times = [record["elapsed_s"] for record in records if "grad_norm" in record]
+    lines.pause({"startup_s": first[0], "step_s": [b - a for a, b in itertools.pairwise([0.0, *times])]})
+
+
+def _recipe_and_folder(spec: dict[str, Any]) -> tuple[Any, Path]:
+    """What is run, and a folder for it that goes when the set-up's folder does."""
+    folder = Path(spec["folder"])
+    name = spec.get("run", f"{spec['name']}-{os.getpid()}")
+    return make_recipe(folder, spec["length"], **spec.get("changes", {})), folder / "runs" / name
 
 
 def trl(spec: dict[str, Any], lines: Lines) -> None:
@@ -121,7 +159,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(spec["threads"])
-    {"ours": ours, "trl": trl, "peak": peak}[spec["arm"]](spec, Lines())
+    arms = {"ours": ours, "trl": trl, "peak": peak, "checkpoint": checkpoint, "launch": launch}
+    arms[spec["arm"]](spec, Lines())
 
 
 if __name__ == "__main__":

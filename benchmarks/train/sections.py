@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +149,3 @@ def fp32(setup: Setup) -> Figures:
         assert math.isfinite(figures[f"seq{length}"])
     first = f"seq{setup.lengths[0]}"
     return {"fraction_of_matmul_peak_fp32": figures[first], "fp32": figures}
-
-
-ALL: dict[str, Callable[[Setup], Figures]] = {
-    "trl": versus_trl,
-    "fp32": fp32,
-}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ftray.adapt.low_rank import LowRankLinear
 from ftray.adapt.route import Route
 from ftray.model.select import Targets, select_linear
 
@@ -77,6 +78,11 @@ class LoRALinear(Factors):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` `[..., in_features]` to `[..., out_features]`, each token through its routed adapter."""
+        name = self.route.active
+        if self.route.segments is None and name in self.scaling and self._trains_alone(name):
+            a, b = self.lora_A[name], self.lora_B[name]
+            together: torch.Tensor = LowRankLinear.apply(x, self.weight, self.bias, a, b, self.scaling[name])
+            return together
         if self.transposed:
             y = x @ self.weight if self.bias is None else x @ self.weight + self.bias
         else:
@@ -86,6 +92,12 @@ class LoRALinear(Factors):
             name = route.active
             return y if name is None or name not in self.scaling else y + self._delta(x, name).to(y.dtype)
         return self._segments(x, y)
+
+    def _trains_alone(self, name: str) -> bool:
+        """True if the factors train and nothing else does, and they see the layer's input as it is."""
+        frozen = not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
+        same_input = not self.training or not self.dropout[name]
+        return torch.is_grad_enabled() and frozen and same_input and not self.transposed
 
     def _segments(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         assert self.route.segments is not None

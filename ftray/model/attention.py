@@ -2,16 +2,20 @@
 
 Registered with transformers under `NAME` for attention alone, not for masks: the model then builds no
 `[tokens, tokens]` mask, and the document boundaries arrive as `cu_seq_lens_q` through the model's keyword
-arguments. On CPU one SDPA call a document is about twice as fast as one masked call and bit-equal to running
-the documents apart.
+arguments. How it is computed depends on the device and the type: blocks of queries on a CPU in bfloat16, one kernel
+for the row on a GPU; elsewhere, and with sinks or dropout, one SDPA call a document, in float32 bit-equal to what
+they give apart.
 """
 
-import itertools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
+
+from ftray.model import attend_cuda
+from ftray.model.attend_cpu import BlockAttention
+from ftray.model.documents import facts
 
 NAME = "ftray_packed"
 
@@ -79,16 +83,24 @@ def packed_attention(
     `cu_seq_lens_q` `[documents + 1]` holds where each document starts; absent, all tokens are one document.
     """
     assert attention_mask is None and query.shape[0] == 1, "rows are padding-free: one row, no mask"
-    total = query.shape[2]
-    bounds = [0, total] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
-    documents = zip(
-        query[0].split(lengths, 1), key[0].split(lengths, 1), value[0].split(lengths, 1), strict=True
-    )
+    bounds = cu_seq_lens_q
+    if bounds is None:
+        bounds = torch.tensor([0, query.shape[2]], dtype=torch.int32, device=query.device)
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    plain = not dropout and s_aux is None
+    q, k, v = (tensor[0].to(dtype) for tensor in (query, key, value))
+    if plain and device == "cuda":
+        settings: dict[str, Any] = {"scaling": scale, "window": sliding_window, "softcap": softcap}
+        return attend_cuda.attend(q, k, v, bounds, **settings)[None], None
+    lengths = facts(bounds).lengths
+    if plain and device == "cpu" and dtype == torch.bfloat16 and softcap is None:
+        return BlockAttention.apply(q, k, v, lengths, scale, sliding_window)[None], None
+    documents = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
     outputs = [
-        attend(q, k, v, scaling=scale, dropout=dropout, window=sliding_window, softcap=softcap, sinks_H=s_aux)
-        for q, k, v in documents
+        attend(*parts, scaling=scale, dropout=dropout, window=sliding_window, softcap=softcap, sinks_H=s_aux)
+        for parts in documents
     ]
     return torch.cat(outputs, 1).transpose(0, 1)[None], None
 

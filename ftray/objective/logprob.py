@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ftray.data.batch import Batch
 from ftray.data.read import IGNORE_INDEX
 from ftray.model.policy import Policy
+from ftray.objective.chunked_nll import ChunkedNLL
 
 _CHUNK_ELEMENTS = 1 << 22
 """Logits of one chunk: 16 MiB in float32."""
@@ -41,7 +42,7 @@ def weighted_nll(policy: Policy, batch: Batch) -> torch.Tensor:
     hidden_TD = hidden_ND[where]
     weight_VD = policy.head.plain_weight
     if weight_VD is not None:
-        return _ChunkedNLL.apply(hidden_TD, weight_VD, labels_T, weights_T)
+        return ChunkedNLL.apply(hidden_TD, weight_VD, labels_T, weights_T)
     return torch.stack(over_chunks(policy, _nll_of_chunk, hidden_TD, labels_T, weights_T)).sum()
 
 
@@ -133,58 +134,3 @@ class _ChunkedLogps(torch.autograd.Function):
                 if grad_weight is not None:
                     grad_weight += grad_CV.T @ hidden_CD
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None
-
-
-class _ChunkedNLL(torch.autograd.Function):
-    """Weighted cross-entropy through a plain `[V, D]` head, chunk by chunk."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_TD: torch.Tensor,
-        weight_VD: torch.Tensor,
-        labels_T: torch.Tensor,
-        weights_T: torch.Tensor,
-    ) -> torch.Tensor:
-        device = hidden_TD.device.type
-        cast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if cast else hidden_TD.dtype
-        head_VD = weight_VD.to(dtype)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
-        size = max(1, _CHUNK_ELEMENTS // weight_VD.shape[0])
-        with torch.autocast(device, enabled=False):
-            for start in range(0, len(labels_T), size):
-                stop = start + size
-                hidden_CD, label_C = hidden_TD[start:stop].to(dtype), labels_T[start:stop, None]
-                weight_C = weights_T[start:stop, None]
-                logits_CV = (hidden_CD @ head_VD.T).float()
-                log_z = torch.logsumexp(logits_CV, 1, keepdim=True)
-                total += ((log_z - logits_CV.gather(1, label_C)) * weight_C).sum()
-                if grad_hidden is None and grad_weight is None:
-                    continue
-                # d nll / d logits = softmax - one-hot, made in place of the logits.
-                grad_CV = logits_CV.sub_(log_z).exp_().mul_(weight_C).scatter_add_(1, label_C, -weight_C)
-                grad_CV = grad_CV.to(dtype)
-                if grad_hidden is not None:
-                    grad_hidden[start:stop] = grad_CV @ head_VD
-                if grad_weight is not None:
-                    grad_weight += grad_CV.T @ hidden_CD
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight_VD.dtype
-        return total
-
-    @staticmethod
-    def backward(
-        ctx: Any, *grads: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        (grad,) = grads
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
-            None,
-            None,
-        )

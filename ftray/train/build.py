@@ -10,14 +10,17 @@ from ftray.config.recipe import ModelConfig, Recipe
 from ftray.core.errors import ModelError
 from ftray.model.build import build_structure, load_weights, move_rest
 from ftray.model.folder import resolve_folder
+from ftray.model.fuse import fuse
 from ftray.optim.ema import Ema
 from ftray.optim.first_order import FirstOrder
 from ftray.train.checkpoint import State
 from ftray.train.feed import Feed
+from ftray.train.malloc import keep_freed_memory
 
 
 def build_model(recipe: Recipe) -> Any:
     """Structure on meta, then the adapter, then the strategy's sharding, then the weights."""
+    keep_freed_memory()
     return place(recipe, structure_of(recipe), recipe.model).train()
 
 
@@ -26,6 +29,7 @@ def structure_of(recipe: Recipe, *, empty: bool = False) -> Any:
     model: Any = build_structure(recipe.model, seed=recipe.seed, empty=empty)
     recipe.adapt.apply(model, recipe.seed)
     recipe.objective.extend(model, recipe.seed)
+    fuse(model)
     if recipe.train.gradient_checkpointing:
         checkpoint_layers(model)
     return model

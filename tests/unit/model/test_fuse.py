@@ -1,0 +1,51 @@
+"""Fused norms and gated units change nothing but rounding, and leave alone what they do not know."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ftray.model.build import load_model
+from ftray.model.fuse import fuse
+from ftray.testing.tiny import tiny_base
+
+IDS = torch.randint(2, 250, (1, 40), generator=torch.Generator().manual_seed(0))
+
+
+def loss_and_gradients(
+    base: Path, *, fused: bool, bf16: bool
+) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+    model = load_model(base).requires_grad_(True)
+    taken = fuse(model) if fused else 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model(IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in model.parameters()], taken
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
+def test_float32_is_equal(architecture: str, tmp_path: Path) -> None:
+    base = tiny_base(tmp_path, architecture)
+    loss, gradients, taken = loss_and_gradients(base, fused=True, bf16=False)
+    plain, expected, _ = loss_and_gradients(base, fused=False, bf16=False)
+    norms = 2 * (4 if architecture == "qwen3" else 2) + 1
+    assert taken == norms + 2  # and a gated unit in each of the two layers
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=1e-6)
+    for one, two in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_autocast_is_as_near_to_float32(architecture: str, tmp_path: Path) -> None:
+    base = tiny_base(tmp_path, architecture)
+    _, exact, _ = loss_and_gradients(base, fused=False, bf16=False)
+    errors = []
+    for fused in (True, False):
+        _, gradients, _ = loss_and_gradients(base, fused=fused, bf16=True)
+        pairs = zip(gradients, exact, strict=True)
+        errors.append(max(float((a - b).norm() / b.norm()) for a, b in pairs))
+    assert errors[0] < 1.5 * errors[1], errors
+
+
+def test_other_architectures_stay_as_they_are(tmp_path: Path) -> None:
+    assert fuse(load_model(tiny_base(tmp_path, "gpt2"))) == 0
