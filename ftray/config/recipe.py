@@ -279,6 +279,11 @@ class Recipe:
     trainer: Annotated[Any, Piece("trainer", optional=True)] = None
     """A trainer of somebody else's in place of ours; it brings objective, optimiser and schedule along."""
 
+    def require_own_loop(self, what: str) -> None:
+        """Raise `ConfigError` if a trainer that is not ours is to run this, since `what` knows our loop only."""
+        if self.trainer is not None:
+            raise ConfigError(f"trainer: {what} knows our own loop only; remove it")
+
     def __post_init__(self) -> None:
         for field in ("objective", "optim", "lr_scheduler"):
             if self.trainer is None and getattr(self, field) is None:

@@ -57,6 +57,7 @@ def compare(recipe: Recipe, steps: int = 10) -> list[Difference]:
     Raises:
         FtrayError: what stops a variant.
     """
+    recipe.require_own_loop("`ftray check --equivalence`")
     with tempfile.TemporaryDirectory() as folder:
         variants = variants_of(_shrunk(recipe, Path(folder)))
         found: dict[str, list[float]] = {}

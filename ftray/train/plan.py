@@ -72,6 +72,7 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         FtrayError: what would stop the run, as far as it is met.
     """
+    recipe.require_own_loop("`ftray plan`")
     rows = look_at_rows(recipe)
     model: Any = build_structure(recipe.model, empty=True)
     recipe.adapt.apply(model, recipe.seed)

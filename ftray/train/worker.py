@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from ftray.config.recipe import Recipe
-from ftray.core.errors import ConfigError
 from ftray.optim.first_order import FirstOrder
 from ftray.train.build import build_model, build_optimizers, choose_precision
 from ftray.train.checkpoint import Checkpoints, State, run_identity
@@ -47,7 +46,7 @@ def train(
     """
     if recipe.trainer is not None:
         if start_from is not None or stop_at is not None:
-            raise ConfigError("trainer: only whole runs of a trainer that is not ours can be made; remove it")
+            recipe.require_own_loop("a search")
         result: Result = recipe.trainer.train(recipe, io)
         return result
     with contextlib.closing(io), explained(recipe):

@@ -19,12 +19,32 @@ from ftray.model.identity import base_identity
 from ftray.testing import tiny
 
 IDS = torch.randint(2, 250, (1, 31), generator=torch.Generator().manual_seed(0))
-ARCHITECTURES = list(tiny.ARCHITECTURES)
+# With caps on scores and logits, and with attention sinks over transposed experts.
+OTHERS: dict[str, dict[str, object]] = {
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 9,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 4.0,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+ARCHITECTURES = [*tiny.ARCHITECTURES, *OTHERS]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.tiny_base(tmp_path_factory.mktemp("base") / request.param, request.param)
+    folder, name = tmp_path_factory.mktemp("base") / request.param, request.param
+    return tiny.tiny_base(folder, "llama" if name in OTHERS else name, **OTHERS.get(name, {}))
 
 
 @torch.no_grad()

@@ -18,7 +18,9 @@ from ftray.data.order import Permutation
 from ftray.delta import manifest
 from ftray.model.identity import base_identity
 from ftray.train.check import check_model
+from ftray.train.equivalence import compare
 from ftray.train.io import LocalIO
+from ftray.train.plan import plan
 from ftray.train.track.jsonl import read_records
 from ftray.train.worker import train
 
@@ -178,3 +180,12 @@ def test_without_a_trainer_its_pieces_are_asked_for(make_opaque: Any, tmp_path: 
     assert parse(Recipe, dump(recipe)) == recipe
     write_resolved(recipe, tmp_path / "recipe.yaml")
     assert load(Recipe, tmp_path / "recipe.yaml") == recipe
+
+
+def test_what_knows_our_loop_only_says_so(make_opaque: Any) -> None:
+    recipe = make_opaque(FINE_TUNE)
+    for function in (plan, compare):
+        with pytest.raises(ConfigError, match=r"trainer: .* knows our own loop only; remove it"):
+            function(recipe)
+    with pytest.raises(ConfigError, match="trainer: a search knows our own loop only"):
+        train(recipe, LocalIO(Path(recipe.output_dir)), stop_at=3)
