@@ -1,6 +1,6 @@
 """Peak memory that `ftray plan` predicts against the peak of real runs.
 
-    python -m benchmarks.plan [--json] [--configurations 14] [--fit]
+    python -m benchmarks.plan [--json] [--configurations 12] [--fit]
 
 Random configurations (model size, sequence, batch, LoRA or full, checkpointing, precision) are planned, then
 trained for a few steps, each in a fresh process. The measured peak is the process's highest resident memory while
@@ -30,7 +30,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print one JSON line last")
-    parser.add_argument("--configurations", type=int, default=14)
+    parser.add_argument("--configurations", type=int, default=12)
     parser.add_argument("--fit", action="store_true", help="fit the constants on the other configurations")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -108,6 +108,7 @@ def _measure(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         **config,
         "parameters": found.parameters,
         "counted": found.memory.peak,
+        "weights": found.memory.weights,
         "predicted": found.peak_bytes,
         "measured": measured["peak"],
         "plan_s": round(time.perf_counter() - start, 2),
@@ -204,7 +205,11 @@ def fit(rows: list[dict[str, Any]]) -> tuple[dict[str, float], int]:
     """A factor for each precision and one constant, with the least mean and worst relative error together."""
 
     def error(part: list[dict[str, Any]], factor: float, overhead: int) -> float:
-        errors = [abs((factor * row["counted"] + overhead) / row["measured"] - 1) for row in part]
+        rest = [(row["counted"] - row["weights"], row["measured"] - row["weights"]) for row in part]
+        errors = [
+            abs(factor * counted + overhead - measured) / row["measured"]
+            for row, (counted, measured) in zip(part, rest, strict=True)
+        ]
         return statistics.mean(errors) + max(errors)
 
     best: tuple[float, dict[str, float], int] = (float("inf"), {}, 0)

@@ -58,6 +58,7 @@ def compare(recipe: Recipe, steps: int = 10) -> list[Difference]:
         FtrayError: what stops a variant.
     """
     recipe.require_own_loop("`ftray check --equivalence`")
+    recipe.require_own_loop("a comparison of losses")
     with tempfile.TemporaryDirectory() as folder:
         variants = variants_of(_shrunk(recipe, Path(folder)))
         found: dict[str, list[float]] = {}

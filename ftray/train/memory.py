@@ -8,12 +8,13 @@ Nothing is allocated and nothing is computed.
 
 import copy
 import dataclasses
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -29,7 +30,7 @@ from ftray.train.build import build_optimizers, structure_of
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes at the fullest moment of a step, on one process that holds the whole model."""
+    """Bytes at the fullest moment of a step; as counted, on one process that holds the whole model."""
 
     weights: int
     """Parameters and buffers, trained or frozen, a reference or a teacher included."""
@@ -45,6 +46,8 @@ class Memory:
     """All else: what layers save for the backward pass, and what operations need for a moment."""
     peak: int
     """All together."""
+    state: int
+    """State of the optimisers of all that trains, on however many ranks."""
     gathered: int
     """Whole weights that a strategy with sharded ones holds for a moment: what lies outside the layers, the layer
     that computes and the next one."""
@@ -63,6 +66,10 @@ class _Count(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        given = [tensor for tensor in tree_iter((args, kwargs)) if isinstance(tensor, torch.Tensor)]
+        if given and not any(isinstance(tensor, FakeTensor) for tensor in given):
+            with unset_fake_temporarily():  # lengths of documents: values that decide about shapes
+                return func(*args, **(kwargs or {}))
         # What depends on values has none to depend on: targets are counted beforehand, decisions are `yes`.
         if func is torch.ops.aten.nonzero.default:
             size = min(self._num_targets, args[0].numel())
@@ -112,7 +119,8 @@ def step_memory(
     batch = _batch(recipe, num_tokens)
     trained: list[torch.nn.Parameter] = []
     count = _Count(model.config.get_text_config().vocab_size, num_targets, trained)
-    with FakeTensorMode(allow_non_fake_inputs=True), count:
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), count:
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # they are all null
         _give_shapes(model)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         trained.extend(named.values())
@@ -133,6 +141,7 @@ def step_memory(
         logits=logits,
         activations=peak - weights - gradients - state - logits,
         peak=peak,
+        state=state,
         gathered=gathered,
     )
 
@@ -184,7 +193,8 @@ def _batch(recipe: Recipe, num_tokens: int) -> Batch:
 def _forward_backward(recipe: Recipe, policy: Policy, batch: Batch, bf16: bool) -> None:
     # Lengths of documents are read by the attention, so they stay values; all else has only shapes.
     fake = {"input_ids", "labels", "weights", "position_ids"}
-    shaped = {name: torch.empty_like(getattr(batch, name)) for name in fake}
+    known = {name: getattr(batch, name) for name in fake}
+    shaped = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in known.items()}
     with autocast(bf16):
         terms = recipe.objective.sums(policy, dataclasses.replace(batch, **shaped))
     torch.stack([term.float() for term in terms.values() if term.requires_grad]).sum().backward()

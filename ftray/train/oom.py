@@ -1,6 +1,8 @@
 """Out of memory, in one line: what takes it, and which settings would fit."""
 
 import contextlib
+import gc
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -31,8 +33,10 @@ def explained(recipe: Recipe) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         held = peak_memory_bytes(recipe.strategy.device)
-        # Its frames hold the very tensors that did not fit.
+        # Its frames hold the very tensors that did not fit, and the explanation needs a little itself.
+        traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
+        gc.collect()
         message = explain(recipe, held)
     else:
         return

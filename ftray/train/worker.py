@@ -50,17 +50,24 @@ def train(
         result: Result = recipe.trainer.train(recipe, io)
         return result
     with contextlib.closing(io), explained(recipe):
-        run = begin(recipe, io, start_from, accept_changed_data)
-        try:
-            run.start()
-            progress = run.progress()
-            while progress < 1 and run.state.step != stop_at:
-                progress = one_step(run, progress)
-                if progress < 1:
-                    run.heed()
-            return run.finish()
-        finally:
-            run.checkpoints.close()
+        return _train(recipe, io, start_from, stop_at, accept_changed_data)
+
+
+def _train(
+    recipe: Recipe, io: IO, start_from: Path | None, stop_at: int | None, accept_changed_data: bool
+) -> Result:
+    """The loop; what it holds can be let go of once it has failed."""
+    run = begin(recipe, io, start_from, accept_changed_data)
+    try:
+        run.start()
+        progress = run.progress()
+        while progress < 1 and run.state.step != stop_at:
+            progress = one_step(run, progress)
+            if progress < 1:
+                run.heed()
+        return run.finish()
+    finally:
+        run.checkpoints.close()
 
 
 def one_step(run: Run, progress: float) -> float:
