@@ -35,7 +35,8 @@ def _rank(
     try:
         results.put((rank, function(*args)))
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # not if the function failed inside `in_group`
+            dist.destroy_process_group()
 
 
 def in_group(size: int, meeting: Path, function: Callable[..., Any], *args: Any) -> Any:
@@ -54,13 +55,14 @@ def in_group(size: int, meeting: Path, function: Callable[..., Any], *args: Any)
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
-    try:
-        if rank >= size:
-            return None
+    found = None
+    if rank < size:
         dist.init_process_group("gloo", init_method=f"file://{meeting}.part", rank=rank, world_size=size)
+        dist.barrier()
         try:
-            return function(*args)
+            found = function(*args)
         finally:
             dist.destroy_process_group()
-    finally:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    dist.barrier()  # nobody leaves the group before all are connected
+    return found

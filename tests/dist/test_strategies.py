@@ -4,10 +4,9 @@ Every row is in every batch, so that packing changes which row a document is in 
 several ranks are made in one start of the processes; the tests look at what they left.
 """
 
-import dataclasses
 import itertools
 import json
-from pathlib import Path
+import math
 from typing import Any
 
 import pytest
@@ -16,37 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from ftray.config.recipe import Recipe
 from ftray.core.errors import ConfigError, FtrayError
-from ftray.core.spec import parse
-from ftray.data.prepare import prepare_local
-from ftray.data.read import Shards
-from ftray.testing import tiny
+from ftray.model.shard import local
 from ftray.testing.ranks import in_group, on_ranks
 from ftray.train.build import build_model
-from ftray.train.io import LocalIO
-from ftray.train.track.jsonl import read_records
-from ftray.train.worker import train
+from tests.dist.grid import REFERENCE, Runs, World, go
 
-NUM_DOCUMENTS = 8
 Case = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class World:
-    """A strategy on a number of ranks."""
-
-    strategy: str
-    size: int
-
-    def __str__(self) -> str:
-        return f"{self.strategy}{self.size}"
-
-    @property
-    def config(self) -> Any:
-        return "single" if self.strategy == "single" else {"type": self.strategy, "num_workers": self.size}
-
-
-REFERENCE = World("single", 1)
-WORLDS = [World("ddp", 2), World("fsdp", 1), World("fsdp", 2)]
+WORLDS = [World("ddp", 2), World("fsdp", 1), World("fsdp", 2), World("deepspeed", 2)]
 ADAPTS = ["lora", "full"]
 CUTS = list(itertools.product([True, False], [1, 4]))
 """Packing, and micro batches of a step on one rank."""
@@ -55,7 +32,10 @@ CASES = [
     for world in [REFERENCE, *WORLDS]
     for adapt in ADAPTS
     # One cut is enough where sharding divides nothing.
-    for cut in (CUTS[1:2] if world == World("fsdp", 1) else CUTS)
+    # DeepSpeed's stages have tests of their own; here one cut packed, one not.
+    for cut in (
+        CUTS[1:2] if world == World("fsdp", 1) else CUTS[1:3] if world.strategy == "deepspeed" else CUTS
+    )
 ]
 FEATURES: dict[str, Case] = {
     "untied": {"base": "qwen3"},
@@ -65,6 +45,10 @@ FEATURES: dict[str, Case] = {
     "checkpointing": {"train": {"gradient_checkpointing": True}},
     "dpo": {"objective": "dpo", "train_rows": "pairs"},
     "reward": {"objective": "reward", "base": "qwen3", "train_rows": "pairs"},
+    "capped": {"base": "gemma3"},
+    "average": {"train": {"ema_decay": 0.5}},
+    "random": {"base": "random"},
+    "bf16": {"train": {"bf16": True}},
     "lora-experts": {
         "base": "qwen3_moe",
         "adapt": {"type": "lora", "r": 4, "target_parameters": ["experts.down_proj", "experts.gate_up_proj"]},
@@ -77,101 +61,17 @@ def name_of(world: World, adapt: str, packing: bool, accumulation: int) -> str:
     return f"{world}-{adapt}-{'packed' if packing else 'rows'}-{accumulation}"
 
 
-class Runs:
-    """Recipes over one small corpus, and what became of them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.told = folder, ""
-        words = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel"]
-        rows = [
-            {
-                "prompt": f"{words[i % 8]}-{i:03d}\n# Answer:",
-                "completion": " " + words[i % 8][0] * (2 + i % 5),
-            }
-            for i in range(NUM_DOCUMENTS + 3)
-        ]
-        self._write("train", rows[:NUM_DOCUMENTS])
-        self._write("validation", rows[NUM_DOCUMENTS:])
-        answers = [
-            {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " no"} for row in rows[:4]
-        ]
-        self._write("pairs", answers)
-        for name in ("llama", "qwen3", "qwen3_moe", "gpt2"):
-            tiny.tiny_base(folder / name, name)
-
-    def _write(self, name: str, rows: list[dict[str, str]]) -> None:
-        (self.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def recipe(
-        self,
-        name: str,
-        *,
-        base: str = "llama",
-        world: World = REFERENCE,
-        packing: bool = True,
-        train_rows: str = "train",
-        **changes: Any,
-    ) -> Recipe:
-        plain = train_rows == "train"
-        tree = {
-            "name": name,
-            "output_dir": str(self.folder / "runs"),
-            "model": {"model_name_or_path": str(self.folder / base)},
-            "data": {
-                "train": str(self.folder / f"{train_rows}.jsonl"),
-                "validation": str(self.folder / "validation.jsonl") if plain else [],
-                "max_length": 64,
-                "packing": packing,
-                "cache_dir": str(self.folder / "cache"),
-            },
-            "adapt": "full",
-            "objective": "sft",
-            "optim": {"type": "adamw", "learning_rate": 5e-3},
-            "lr_scheduler": "linear",
-            "strategy": world.config,
-            **changes,
-            "train": {
-                "max_steps": 3,
-                "global_batch_size": NUM_DOCUMENTS,
-                "per_device_train_batch_size": NUM_DOCUMENTS,
-                "bf16": False,
-                **changes.get("train", {}),
-            },
-        }
-        return parse(Recipe, tree)
-
-    def cut(self, name: str, world: World, adapt: str, packing: bool, accumulation: int) -> Recipe:
-        """All documents in each step, packed or not, in one micro batch or in four (by ranks: fewer)."""
-        probe = self.recipe("probe", packing=packing)
-        rows = len(Shards(prepare_local(probe.data, probe.model.tokenizer, "train")))
-        assert (rows < NUM_DOCUMENTS) == packing and rows % 4 == 0
-        batches = {"global_batch_size": rows, "per_device_train_batch_size": rows // accumulation}
-        settings = {"type": "lora", "r": 4} if adapt == "lora" else adapt
-        return self.recipe(name, world=world, adapt=settings, packing=packing, train=batches)
-
-    def dir(self, name: str) -> Path:
-        return self.folder / "runs" / name
-
-    def curve(self, name: str) -> list[float]:
-        """Losses and gradient norms of the steps, and the last validation loss if there is one."""
-        records = read_records(self.dir(name) / "metrics.jsonl")
-        steps = [(record["loss"], record["grad_norm"]) for record in records if "grad_norm" in record]
-        last = [value for record in records[-1:] if (value := record.get("eval_loss")) is not None]
-        return [*itertools.chain(*steps), *last]
+Told = tuple[str, tuple[bool, float, bool] | None]
 
 
-def go(recipes: list[Recipe], stop_at: int | None = None) -> None:
-    for recipe in recipes:
-        train(recipe, LocalIO(Path(recipe.output_dir) / recipe.name), stop_at=stop_at)
-
-
-def on_three_ranks(runs: Runs, groups: dict[World, list[Recipe]], chain: list[tuple[Recipe, int]]) -> str:
+def on_three_ranks(runs: Runs, groups: dict[World, list[Recipe]], chain: list[tuple[Recipe, int]]) -> Told:
     """Body of each rank: the runs of every world, then one run that goes through several worlds."""
     for world, recipes in groups.items():
         in_group(world.size, runs.folder / f"meet-{world}", go, recipes)
     for recipe, stop in chain:
         in_group(recipe.strategy.num_workers, runs.folder / f"meet-chain-{stop}", go, [recipe], stop)
-    return in_group(2, runs.folder / "meet-incomplete", restore_incomplete, runs) or ""
+    incomplete = in_group(2, runs.folder / "meet-incomplete", restore_incomplete, runs)
+    return incomplete, in_group(2, runs.folder / "meet-infinite", update_with_infinity, runs)
 
 
 def restore_incomplete(runs: Runs) -> str:
@@ -187,6 +87,22 @@ def restore_incomplete(runs: Runs) -> str:
     except FtrayError as error:
         return str(error)
     return "restored"
+
+
+def update_with_infinity(runs: Runs) -> tuple[bool, float, bool]:
+    """An update where one number in one shard of the last rank is not finite: applied, norm, anything moved."""
+    recipe = runs.recipe("infinite", world=World("fsdp", 2))
+    parameters = list(build_model(recipe).parameters())
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    before = [local(parameter.detach()).clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    if recipe.strategy.dp_rank == 1:
+        assert parameters[3].grad is not None
+        local(parameters[3].grad).view(-1)[0] = torch.inf
+    update = recipe.strategy.update(parameters, [optimizer], 1.0, sound=True)
+    same = all(torch.equal(local(p.detach()), old) for p, old in zip(parameters, before, strict=True))
+    return update.applied, update.grad_norm, not same
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +128,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         for world, stop in steps
     ]
     go(alone)
-    runs.told = on_ranks(3, on_three_ranks, runs, groups, chain)[0]
+    runs.told = on_ranks(3, on_three_ranks, runs, groups, chain)
     return runs
 
 
@@ -225,9 +141,10 @@ def test_same_losses(runs: Runs, world: World, adapt: str, packing: bool, accumu
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_sharded_equals_whole(runs: Runs, feature: str) -> None:
-    """Tied and untied heads, experts, transposed weights, rows that do not divide, recomputation, references."""
+    """Tied, untied and capped heads, experts, transposed weights, rows that do not divide, frozen references."""
+    rounding = 2e-2 if feature == "bf16" else 1e-5
     reference, ours = (runs.curve(f"{name}-{feature}") for name in ("single", "fsdp"))
-    assert len(reference) >= 6 and ours == pytest.approx(reference, rel=1e-5)
+    assert len(reference) >= 6 and ours == pytest.approx(reference, rel=rounding)
 
 
 @pytest.mark.parametrize("world", [World("ddp", 2), World("fsdp", 2)], ids=str)
@@ -241,7 +158,12 @@ def test_one_run_through_four_worlds(runs: Runs) -> None:
     last = max(runs.dir("chain").glob("checkpoints/step-*"))
     names = {path.name for path in last.glob("*.safetensors")}
     assert names == {f"{kind}-{k}-of-3.safetensors" for kind in ("trainable", "optimizer") for k in range(3)}
-    assert "pieces of `" in runs.told and "are missing; use another checkpoint" in runs.told
+    told = runs.told[0][0]
+    assert "pieces of `" in told and "are missing; use another checkpoint" in told
+
+
+def test_what_is_not_finite_in_one_shard_moves_nothing_anywhere(runs: Runs) -> None:
+    assert [told[1] for told in runs.told] == [(False, math.inf, False), (False, math.inf, False), None]
 
 
 @pytest.mark.parametrize("feature", ["untied", "experts", "transposed", "checkpointing"])
