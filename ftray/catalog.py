@@ -73,8 +73,12 @@ METHODS: dict[str, dict[str, str]] = {
         "fake": "ftray.engine.fake:FakeEngineConfig",
     },
     "search": {
+        "asha": "ftray.tune.asha:ASHA",
+        "grid": "ftray.tune.grid:Grid",
         "pbt": "ftray.tune.pbt:PBT",
-        "random": "ftray.tune.pbt:Random",
+        "random": "ftray.tune.random_search:Random",
+        "ray": "ftray.tune.ray_searcher:RaySearcher",
+        "tpe": "ftray.tune.tpe:TPE",
     },
 }
 

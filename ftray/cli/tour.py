@@ -157,12 +157,13 @@ class Tour:
         # What the base's training timed as faster on this machine; members must not time for themselves.
         bf16 = f"train.bf16={str(read_json(self.folder / 'base.json')['bf16']).lower()}"
         config = replace(config, "overrides", [*config.overrides, bf16])
-        total = config.num_members * config.num_segments
-        done = 0
-        with bar(f"search: {config.num_members} members x {config.num_segments} segments") as progress:
+        done, total = 0, None
+        with bar(f"search: {config.num_segments} segments a member") as progress:
 
             def on_record(record: dict[str, Any]) -> None:
-                nonlocal done
+                nonlocal done, total
+                if record["kind"] == "open":
+                    total = len(record["configs"]) * config.num_segments
                 done += record["kind"] == "commit"
                 progress(done, total)
 

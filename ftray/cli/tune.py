@@ -1,17 +1,44 @@
-"""`ftray tune`: search over a recipe's fields and, if asked, publish the winner."""
+"""`ftray tune`: search over a recipe's fields, look at a search, train its winner again."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from ftray.tune.result import TuneResult
+
+Publish = Annotated[str, typer.Option(help="Publish the winner's delta, with its lineage, under this name.")]
+RegistryFolder = Annotated[Path, typer.Option(help="Folder of the registry to publish to.")]
 
 
-def command(
+class SearchUnlessNamed(TyperGroup):
+    """Takes `ftray tune FILE` for `ftray tune search FILE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the name of the verb in front of what names none."""
+        if args and args[0] not in (*self.commands, "--help", "-h"):
+            args = ["search", *args]
+        return super().parse_args(ctx, args)
+
+
+command = typer.Typer(
+    cls=SearchUnlessNamed,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Search over a recipe's fields: `ftray tune FILE`; look at a search; train its winner again.",
+)
+
+
+@command.command()
+def search(
     file: Annotated[Path, typer.Argument(help="YAML file of the search.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="`field=value` changes to it.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with a search that was stopped or killed.")] = False,
-    publish: Annotated[str, typer.Option(help="Publish the winner's delta under this name.")] = "",
-    registry: Annotated[Path, typer.Option(help="Folder of the registry to publish to.")] = Path("registry"),
+    publish: Publish = "",
+    registry: RegistryFolder = Path("registry"),
 ) -> None:
     """Search over a recipe's fields; population-based training unless the file says otherwise."""
     from rich.console import Console
@@ -19,14 +46,11 @@ def command(
 
     from ftray.config.load import load
     from ftray.config.tune import TuneConfig
-    from ftray.core.errors import ConfigError
-    from ftray.core.types import is_name
     from ftray.tune.population import Population
     from ftray.tune.ray_trials import run
-    from ftray.tune.report import table
+    from ftray.tune.table import table
 
-    if publish and not is_name(publish):
-        raise ConfigError(f"--publish: {publish!r} is refused; use a-z, 0-9, `.`, `_`, `-`")
+    _check_name(publish)
     config = load(TuneConfig, file, overrides or [])
     console = Console()
     population = Population()
@@ -41,24 +65,93 @@ def command(
 
         result = run(config, resume=resume, on_record=show, on_prepare=prepare)
     console.print(table(population, config.mode, config.num_segments))
-    console.print(
+    for line in _words(result):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"delta: {result.delta}\nresult: {result.folder / 'tune_result.json'}, tune.png")
+    console.print(f"more: ftray tune report {result.folder}", soft_wrap=True)
+    if publish:
+        _publish(result, publish, registry)
+
+
+@command.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a search, also of one under way.")],
+    publish: Publish = "",
+    registry: RegistryFolder = Path("registry"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Lineage, schedules, curves, parallel coordinates as PNG; the best recipe; what was spent and saved."""
+    from ftray.cli.screen import out
+    from ftray.tune.journal import read
+    from ftray.tune.members import JOURNAL
+    from ftray.tune.population import replay as state_of
+    from ftray.tune.report import report as write
+    from ftray.tune.table import table
+
+    _check_name(publish)
+    written = write(folder)
+    if as_json:
+        typer.echo((folder / "report" / "tune_result.json").read_text().rstrip())
+    else:
+        population = state_of(read(folder / JOURNAL))
+        assert population.opened is not None
+        out.print(table(population, written.result.mode, population.opened["num_segments"]))
+        for line in _words(written.result):
+            out.print(line, highlight=False, soft_wrap=True)
+        for path in written.files:
+            out.print(str(path), highlight=False, soft_wrap=True)
+    if publish:
+        _publish(written.result, publish, registry)
+
+
+@command.command()
+def replay(
+    journal: Annotated[Path, typer.Argument(help="The journal of a search: its `journal.jsonl`.")],
+    member: Annotated[int | None, typer.Option(help="Whose schedule; default: the winner's.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to train; default: a folder beside the journal.")
+    ] = None,
+) -> None:
+    """Train the winner's schedule again, alone and in this process, and compare the weights."""
+    from ftray.cli.screen import bar, out
+    from ftray.tune.replay import replay_schedule
+
+    with bar("replay") as progress:
+        found = replay_schedule(journal, output, member, progress)
+    says = {
+        True: "the weights are those of the search, bit for bit",
+        False: "the weights differ from those of the search",
+        None: "the search's own weights are gone, so there is nothing to compare with",
+    }
+    scores = f"{found.score:.6f}, in the search {found.recorded_score:.6f}"
+    out.print(f"member {found.member}: {scores}; {says[found.equal]}", highlight=False, soft_wrap=True)
+    out.print(f"delta: {found.delta}", highlight=False, soft_wrap=True)
+    if found.equal is False:
+        raise typer.Exit(1)
+
+
+def _words(result: "TuneResult") -> list[str]:
+    cost = result.cost
+    return [
         f"{result.num_segments} segments of {result.num_members} members in {result.seconds:.0f} s; "
         f"{result.num_exploits} exploits, {result.num_perturbations} perturbations, "
-        f"{result.num_replaced} members replaced, {result.num_failures} failed attempts"
-    )
-    console.print(f"winner: member {result.member}, {result.metric} {result.score:.4f}, {result.config}")
-    console.print(f"delta: {result.delta}\nreport: {result.folder / 'tune_result.json'}, tune.png")
-    if publish:
-        _publish(result.delta, publish, registry)
+        f"{result.num_replaced} members replaced, {result.num_failures} failed attempts",
+        f"cost: {cost.tokens:,} tokens, {cost.cpu_s:,.0f} CPU seconds; all members to the end: "
+        f"{cost.tokens_to_the_end:,} tokens, {cost.cpu_s_to_the_end:,.0f} CPU seconds ({cost.saved:.0%} saved)",
+        f"winner: member {result.member}, {result.metric} {result.score:.4f}, {result.config}",
+    ]
 
 
-def _publish(delta: Path | None, name: str, registry: Path) -> None:
-    from ftray.core.errors import TuneError
-    from ftray.registry.local import Registry
+def _check_name(name: str) -> None:
+    from ftray.core.errors import ConfigError
+    from ftray.core.types import is_name
 
-    if delta is None:
-        raise TuneError(
-            f"--publish: the winner has no delta; train_fn returned none, so {name!r} is not made"
-        )
-    entry = Registry(registry).publish(delta, name, lineage={"run": str(delta.parent)})
+    if name and not is_name(name):
+        raise ConfigError(f"--publish: {name!r} is refused; use a-z, 0-9, `.`, `_`, `-`")
+
+
+def _publish(result: "TuneResult", name: str, registry: Path) -> None:
+    from ftray.tune.publish import publish
+
+    entry = publish(result, name, registry)
     typer.echo(f"published {entry.ref} ({entry.digest})")

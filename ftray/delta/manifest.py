@@ -49,6 +49,8 @@ class Lineage:
     """References (`name@3`) or digests of the deltas it was made from."""
     run: str = ""
     """Run directory or tracking id of the run that made it."""
+    segments: list[dict[str, Any]] = Field(default_factory=list)
+    """What a search trained it with, segment by segment: member, checkpoint, configuration, score."""
 
 
 @spec

@@ -1,7 +1,7 @@
 """A stand-in for `ftray.train.worker:train` that takes milliseconds: noisy descent on w^2 from w = 4.
 
 What it shall do beyond that stands in the JSON file the recipe names as its first training file:
-`sleep_s` per step, and under `crash`, `raise`, `diverge` beginnings of run folder names (`m002-s001`).
+`sleep_s` per step, and under `crash`, `raise`, `diverge`, `hang` beginnings of run folder names (`m002-s001`).
 It keeps the promises of the real one: committed checkpoints, equal results for equal input.
 """
 
@@ -26,6 +26,8 @@ class ToyResult:
     delta: Path
     metrics: dict[str, float]
     step: int
+    tokens: int
+    """Ten a step."""
 
 
 def train(recipe: Any, io: Any, *, start_from: Path | None = None, stop_at: int | None = None) -> ToyResult:
@@ -51,10 +53,13 @@ def train(recipe: Any, io: Any, *, start_from: Path | None = None, stop_at: int 
             write_json(tmp / "state.json", state)
     delta = io.run_dir / "delta"
     write_json(delta / "toy.json", state)
-    return ToyResult(io.run_dir, final, delta, {"eval_loss": state["w"] ** 2}, int(state["step"]))
+    step = int(state["step"])
+    return ToyResult(io.run_dir, final, delta, {"eval_loss": state["w"] ** 2}, step, 10 * step)
 
 
 def _fault(settings: dict[str, Any], name: str) -> None:
+    if any(name.startswith(start) for start in settings.get("hang", [])):
+        time.sleep(3600)
     if any(name.startswith(start) for start in settings.get("crash", [])):
         os._exit(1)
     if any(name.startswith(start) for start in settings.get("raise", [])):

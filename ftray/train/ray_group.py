@@ -44,8 +44,13 @@ def run_group(
     cpus_per_worker: float,
     accept_changed_data: bool,
     on_record: Callable[[Record], None] | None,
+    *,
+    start_from: Path | None = None,
+    stop_at: int | None = None,
 ) -> Result:
     """Train in a worker group, again after each notice that ended one in order.
+
+    The arguments after `run_dir` are those of `train` and of the group's workers.
 
     Raises:
         RunStopped: if this process was asked to end; a checkpoint holds every step.
@@ -60,6 +65,8 @@ def run_group(
         "shards": shards,
         "cwd": str(Path.cwd()),
         "accept_changed_data": accept_changed_data,
+        "start_from": None if start_from is None else str(start_from),
+        "stop_at": stop_at,
     }
     stop = Stop(run_dir)
     begun = -1
@@ -168,6 +175,8 @@ def _worker(config: dict[str, Any]) -> None:
         train(
             parse(Recipe, config["recipe"]),
             RayIO(run_dir, config["shards"]),
+            start_from=config["start_from"] and Path(config["start_from"]),
+            stop_at=config["stop_at"],
             accept_changed_data=config["accept_changed_data"],
         )
     except RunStopped:

@@ -2,7 +2,8 @@
 
 A segment is: train member m from checkpoint c with configuration h until step n. Whoever runs segments asks
 `next_segment()`, and answers with `finished()` or `failed()`. Generations are synchronous: the decision falls
-when the last member of a generation is through, inside the very record that says so.
+when the last member of a generation is through, inside the very record that says so. In an asynchronous search
+it falls for each member in the record that ends its segment.
 """
 
 import copy
@@ -19,10 +20,11 @@ from ftray.core.errors import TuneError
 from ftray.core.fs import digest_json
 from ftray.core.spec import dump
 from ftray.tune.journal import Journal, Record
+from ftray.tune.policy import Boundary, Search
 from ftray.tune.population import Member, Population
 from ftray.tune.space import Space
 
-NOT_IDENTITY = ("name", "output_dir", "recipe", "max_concurrent", "cpus_per_trial")
+NOT_IDENTITY = ("name", "output_dir", "recipe", "max_concurrent", "cpus_per_trial", "stall_s")
 """Settings that may change between a search and its resumption."""
 
 OnRecord = Callable[[Record], None]
@@ -67,22 +69,21 @@ class Engine:
         on_record: OnRecord = lambda record: None,
     ) -> None:
         self.config = config
-        self.space = Space(config.space)
-        config.policy.check(self.space, config.num_members)
+        self.search = search_of(config, recipe)
+        first = config.policy.first(self.search)
         self.journal = Journal(folder / "journal.jsonl")
         self.population = Population()
         self._on_record = on_record
         try:
-            self._open({"format": 1, "recipe": recipe, **_identity(config)})
+            self._open({"format": 1, "recipe": recipe, **_identity(config)}, first)
         except BaseException:
             self.journal.close()
             raise
 
-    def _open(self, search: dict[str, Any]) -> None:
+    def _open(self, search: dict[str, Any], configs: list[dict[str, Any]]) -> None:
         for record in self.journal.records:
             self._take(record)
         if self.population.opened is None:
-            configs = [self.space.sample(self.config.seed, index) for index in range(self.config.num_members)]
             self._append({"kind": "open", "search": search, "configs": configs})
         assert self.population.opened is not None
         changed = [key for key in search if self.population.opened.get(key) != search[key]]
@@ -95,9 +96,10 @@ class Engine:
 
     @property
     def done(self) -> bool:
-        """True when every living member has finished its last segment."""
-        alive = self.population.alive
-        return bool(alive) and all(member.segment >= self.config.num_segments for member in alive)
+        """True when every living member has finished its last segment, or the whole budget is spent."""
+        if not self.population.alive or self.population.running:
+            return False
+        return not any(map(self._affordable, self.population.unfinished(self.config.num_segments)))
 
     def next_segment(self) -> Segment | None:
         """The next segment to start, journaled as started; None if all that can run now is running.
@@ -108,18 +110,34 @@ class Engine:
         if not self.population.alive:
             reason = next(r["reason"] for r in reversed(self.journal.records) if r["kind"] == "fail")
             raise TuneError(f"{self.journal.path}: every member has failed; the last one said: {reason}")
-        generation = self.population.generation()
-        if generation >= self.config.num_segments:
-            return None
-        for member in self.population.alive:
-            if member.segment == generation and member.index not in self.population.running:
+        unfinished = self.population.unfinished(self.config.num_segments)
+        generation = min((member.segment for member in unfinished), default=0)
+        for member in sorted(unfinished, key=lambda member: (member.segment, member.index)):
+            due = member.segment == generation or self.config.asynchronous
+            if due and member.index not in self.population.running and self._affordable(member):
                 segment = self._segment(member)
                 self._append({"kind": "start", **asdict(segment)})
                 return segment
         return None
 
-    def finished(self, segment: Segment, score: float, metrics: dict[str, float], seconds: float) -> None:
-        """Take a segment's result. A score that is not finite is a divergence; a stale result is ignored."""
+    def _affordable(self, member: Member) -> bool:
+        """True unless the segments of the whole population are spent; one that was begun may be ended."""
+        limit, begun = self.config.max_segments, self.population.begun
+        return limit is None or (member.index, member.segment) in begun or len(begun) < limit
+
+    def finished(
+        self,
+        segment: Segment,
+        score: float,
+        metrics: dict[str, float],
+        seconds: float,
+        cpu_s: float = 0.0,
+        tokens: int = 0,
+    ) -> None:
+        """Take a segment's result and what it took; a stale one is ignored.
+
+        A score that is not finite is a divergence.
+        """
         if self._stale(segment):
             return
         if not math.isfinite(score):
@@ -135,6 +153,8 @@ class Engine:
                 "score": score,
                 "metrics": {key: value for key, value in metrics.items() if math.isfinite(value)},
                 "seconds": round(seconds, 3),
+                "cpu_s": round(cpu_s, 3),
+                "tokens": tokens,
             }
         )
 
@@ -150,7 +170,16 @@ class Engine:
         """
         keep = self.population.referenced()
         keep |= {self._segment(member).name for member in self.population.alive}
+        if self.config.asynchronous:
+            keep |= self._donors_to_come()
         return [name for name in names if name not in keep]
+
+    def _donors_to_come(self) -> set[str]:
+        """Where nobody waits, those behind copy what those in front of them were at the same step."""
+        unfinished = self.population.unfinished(self.config.num_segments)
+        slowest = min((member.segment for member in unfinished), default=self.config.num_segments)
+        arrivals = [arrival for member in self.population.members for arrival in member.arrivals[slowest:]]
+        return {arrival.checkpoint for arrival in arrivals if arrival is not None}
 
     def close(self) -> None:
         """Give the journal back."""
@@ -190,14 +219,20 @@ class Engine:
         """Append a record together with what it brings about, if it closes a generation."""
         after = copy.deepcopy(self.population)
         after.apply(record)
-        generation = self.population.members[record["member"]].segment + 1
-        closed = all(member.segment >= generation for member in after.alive)
-        closed = closed and after.members[record["member"]].segment >= generation
-        if closed and generation < self.config.num_segments:
-            decisions = self.config.policy.decide(
-                after.members, generation, self.space, self.config.seed, self.config.mode
-            )
-            record = {**record, "decisions": [asdict(decision) for decision in decisions]}
+        member = after.members[record["member"]]
+        unfinished = after.unfinished(self.config.num_segments)
+        through = member.segment > self.population.members[member.index].segment
+        if self.config.asynchronous:
+            # Also those that failed when nobody was there yet to take over from.
+            arrived = [
+                m for m in after.members if m is member or (not m.alive and m.segment <= member.segment)
+            ]
+        else:
+            arrived = [m for m in after.members if m.segment == member.segment and not m.stopped]
+            through = through and all(other.segment >= member.segment for other in unfinished)
+        if through:
+            boundary = Boundary(self.search, after.members, arrived, idle=not unfinished)
+            record = {**record, **self.config.policy.decide(boundary).as_record()}
         self._append(record)
 
     def _append(self, record: Record) -> None:
@@ -208,6 +243,18 @@ class Engine:
     def _take(self, record: Record) -> None:
         self.population.apply(record)
         self._on_record(record)
+
+
+def search_of(config: TuneConfig, recipe: dict[str, Any]) -> Search:
+    """What a policy is told about a search; see `Engine` for the arguments and what is raised."""
+    return Search(
+        Space(config.space, config.constraints, recipe),
+        config.num_members,
+        config.num_segments,
+        config.seed,
+        config.mode,
+        config.asynchronous,
+    )
 
 
 def _identity(config: TuneConfig) -> dict[str, Any]:

@@ -76,16 +76,26 @@ class Journal:
             raise
 
     def append(self, record: Record) -> None:
-        """Add a record; it is on the disk when this returns."""
-        line = encode(record)
-        written = os.write(self._fd, line)
+        """Add a record; it is on the disk when this returns.
+
+        Raises:
+            TuneError: if the disk takes no more; the journal is then as it was.
+        """
+        line, size = encode(record), os.fstat(self._fd).st_size
+        try:
+            written = os.write(self._fd, line)
+            if written == len(line):
+                os.fsync(self._fd)
+        except OSError as error:
+            written, reason = 0, error.strerror or str(error)
+        else:
+            reason = "the disk is full"
         if written != len(line):
-            # A full disk: the torn line must not stay, or the next record would stand behind damage.
-            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+            # A torn line must not stay, or the next record would stand behind damage.
+            os.ftruncate(self._fd, size)
             raise TuneError(
-                f"{self.path}: the disk is full; make room and run the same command with --resume"
+                f"{self.path}: cannot be written ({reason}); make room and run the same command with --resume"
             )
-        os.fsync(self._fd)
         self.records.append(record)
 
     def close(self) -> None:

@@ -7,6 +7,17 @@ from typing import Any
 from ftray.tune.journal import Record
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """What a member was when it had finished a segment."""
+
+    member: int
+    checkpoint: str
+    score: float
+    config: dict[str, Any]
+    lineage: list[int]
+
+
 @dataclass
 class Member:
     """One member of the population."""
@@ -22,10 +33,14 @@ class Member:
     """Score of that segment."""
     alive: bool = True
     """False once it diverged or crashed and nothing took its place."""
+    stopped: bool = False
+    """True once the policy ended it before its last segment."""
     attempt: int = 0
     """Failed attempts of the present segment."""
     lineage: list[int] = field(default_factory=list)
     """The members whose weights it carries, oldest first; it is itself the first."""
+    arrivals: list[Arrival | None] = field(default_factory=list)
+    """For each finished segment what it had reached by training; None where it failed."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +67,21 @@ class Population:
         self.members: list[Member] = []
         self.running: dict[int, Record] = {}
         """Member -> the record that started its segment."""
+        self.begun: set[tuple[int, int]] = set()
+        """(member, segment) of every segment that was ever started: the budget that is spent."""
 
     def apply(self, record: Record) -> None:
         """Take over one record of the journal."""
         kind = record["kind"]
         if kind == "open":
             self.opened = record["search"]
-            self.members = [
-                Member(index, dict(config), lineage=[index]) for index, config in enumerate(record["configs"])
-            ]
+            self._join(record["configs"])
         elif kind == "epoch":
             self.epoch = record["epoch"]
             self.running = {}
         elif kind == "start":
             self.running[record["member"]] = record
+            self.begun.add((record["member"], record["segment"]))
         elif kind == "commit":
             self.running.pop(record["member"])
             self._finish(record["member"], record["checkpoint"], record["score"])
@@ -74,10 +90,19 @@ class Population:
             self._fail(record)
         for decision in record.get("decisions", []):
             self._decide(Decision(**decision))
+        for index in record.get("stops", []):
+            self.members[index].stopped = True
+        self._join(record.get("joins", []))
+
+    def _join(self, configs: Iterable[dict[str, Any]]) -> None:
+        for config in configs:
+            index = len(self.members)
+            self.members.append(Member(index, dict(config), lineage=[index]))
 
     def _finish(self, index: int, checkpoint: str, score: float) -> None:
         member = self.members[index]
         member.checkpoint, member.score = checkpoint, score
+        member.arrivals.append(Arrival(index, checkpoint, score, member.config, member.lineage))
         member.segment += 1
         member.attempt = 0
 
@@ -86,22 +111,27 @@ class Population:
         member.attempt += 1
         if record["final"]:
             member.alive, member.score, member.attempt = False, None, 0
+            member.arrivals.append(None)
             member.segment += 1
 
     def _decide(self, decision: Decision) -> None:
         member = self.members[decision.member]
         member.config, member.checkpoint = dict(decision.config), decision.checkpoint
         member.score, member.alive = decision.score, True
-        member.lineage = [*self.members[decision.donor].lineage, member.index]
+        member.lineage = [*self._lineage(decision), member.index]
+
+    def _lineage(self, decision: Decision) -> list[int]:
+        arrivals = self.members[decision.donor].arrivals
+        return next(found.lineage for found in arrivals if found and found.checkpoint == decision.checkpoint)
 
     @property
     def alive(self) -> list[Member]:
-        """Members that train on."""
+        """Members that have not failed."""
         return [member for member in self.members if member.alive]
 
-    def generation(self) -> int:
-        """Segments that every living member has finished."""
-        return min((member.segment for member in self.alive), default=0)
+    def unfinished(self, num_segments: int) -> list[Member]:
+        """Members that have segments to train."""
+        return [member for member in self.alive if not member.stopped and member.segment < num_segments]
 
     def best(self, mode: str) -> Member | None:
         """The member with the best last score; the lower number wins a tie."""

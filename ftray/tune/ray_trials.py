@@ -22,14 +22,17 @@ from ftray.cluster.ray_session import session
 from ftray.config.load import load, write_resolved
 from ftray.config.recipe import Recipe
 from ftray.config.tune import TRAIN_FN, TuneConfig
-from ftray.core.errors import TuneError
+from ftray.core.errors import ConfigError, TuneError
 from ftray.core.spec import parse
 from ftray.core.types import Progress, no_progress
 from ftray.data.ray_prepare import prepare
 from ftray.tune.engine import Engine, OnRecord, Segment
-from ftray.tune.report import TuneResult, summarise, write_report
-from ftray.tune.segment import Job, Outcome, load_function, run_segment, segment_recipe
+from ftray.tune.members import JOURNAL
+from ftray.tune.plots import plot
+from ftray.tune.result import TuneResult, summarise, write_result
+from ftray.tune.segment import Job, Outcome, in_steps, load_function, run_segment, segment_recipe
 from ftray.tune.space import Space
+from ftray.tune.stall import StallWatch
 
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -39,6 +42,7 @@ _ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 _ENDLESS = 10**6
+_WAITING_CPUS = 0.01
 
 
 def run(
@@ -66,11 +70,18 @@ def run(
     """
     started = time.perf_counter()
     folder = Path(config.output_dir).absolute() / config.name
-    if not resume and (folder / "journal.jsonl").exists():
+    if not resume and (folder / JOURNAL).exists():
         raise TuneError(f"{folder}: holds a search already; go on with --resume, or choose another name")
     recipe = load(Recipe, config.recipe, config.overrides)
-    plain = segment_recipe(recipe, config.num_segments * config.segment_steps)
-    Space(config.space).check(parse(Recipe, plain))
+    config = in_steps(config, recipe)
+    plain = segment_recipe(
+        recipe,
+        config.num_segments * config.segment_steps,
+        evaluates=config.segment_evaluations is not None,
+        spread=config.spread,
+    )
+    Space(config.space, config.constraints, plain).check(parse(Recipe, plain))
+    _check_metric(config, recipe)
     load_function(config.train_fn)
     engine = Engine(folder, config, plain, on_record)
     try:
@@ -86,8 +97,17 @@ def run(
         result = summarise(config, folder, engine.journal.records, time.perf_counter() - started)
     finally:
         engine.close()
-    write_report(result, engine.journal.records)
+    write_result(result, folder)
+    plot(engine.journal.records, folder / "tune.png", config.metric)
     return result
+
+
+def _check_metric(config: TuneConfig, recipe: Recipe) -> None:
+    """Refuse a validation metric of a recipe without validation rows, before anything is trained."""
+    if config.train_fn == TRAIN_FN and config.metric.startswith("eval_") and not recipe.data.validation:
+        raise ConfigError(
+            f"metric: {config.metric!r} is never reported; the recipe {config.recipe} has no `data.validation`"
+        )
 
 
 def _prepare(recipe: Recipe, progress: Progress) -> None:
@@ -99,7 +119,8 @@ def _prepare(recipe: Recipe, progress: Progress) -> None:
 def _fit(engine: Engine, job: Job) -> None:
     """Run the segments through Ray Tune until the engine has no more."""
     config = engine.config
-    searcher = SegmentSearcher(engine, job)
+    watch = StallWatch(Path(job.folder) / "segments", config.stall_s)
+    searcher = SegmentSearcher(engine, job, watch)
 
     def trial(settings: dict[str, Any]) -> None:
         tune.report({"outcome": json.dumps(asdict(run_segment(job, Segment(**settings["segment"]))))})
@@ -108,8 +129,10 @@ def _fit(engine: Engine, job: Job) -> None:
         segment = trial.config["segment"]
         return f"{segment['name']}-{segment['epoch']}-{segment['attempt']}"
 
+    in_process = parse(Recipe, job.recipe).strategy.in_process
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"cpu": config.cpus_per_trial}),
+        # A segment that is a worker group waits while its workers, who claim their own CPUs, train.
+        tune.with_resources(trial, {"cpu": config.cpus_per_trial if in_process else _WAITING_CPUS}),
         tune_config=tune.TuneConfig(
             search_alg=ConcurrencyLimiter(searcher, max_concurrent=config.max_concurrent),
             num_samples=_ENDLESS,
@@ -118,7 +141,10 @@ def _fit(engine: Engine, job: Job) -> None:
             trial_dirname_creator=name,
         ),
         run_config=tune.RunConfig(
-            name=f"driver-{engine.population.epoch}", storage_path=str(Path(job.folder) / "tune"), verbose=0
+            name=f"driver-{engine.population.epoch}",
+            storage_path=str(Path(job.folder) / "tune"),
+            verbose=0,
+            callbacks=[EndStall(searcher)],
         ),
     )
     try:
@@ -136,10 +162,11 @@ def _fit(engine: Engine, job: Job) -> None:
 class SegmentSearcher(Searcher):
     """Hands the engine's segments to Ray Tune as trials and brings their outcomes back."""
 
-    def __init__(self, engine: Engine, job: Job) -> None:
+    def __init__(self, engine: Engine, job: Job, watch: StallWatch) -> None:
         super().__init__()
         self.engine = engine
         self.job = job
+        self.watch = watch
         self.error: BaseException | None = None
         """Ray Tune swallows what `on_trial_complete` raises, so it is kept and raised by `suggest`."""
         self._segments: dict[str, Segment] = {}
@@ -154,6 +181,7 @@ class SegmentSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """The next segment, None to be asked again later, or the end."""
+        self.end_stall()
         if self.error is not None:
             raise self.error
         if self.engine.done:
@@ -165,6 +193,7 @@ class SegmentSearcher(Searcher):
             raise
         if segment is None:
             return None
+        self.watch.tell()
         self._segments[trial_id] = segment
         return {"segment": asdict(segment)}
 
@@ -172,6 +201,7 @@ class SegmentSearcher(Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Take an outcome; a trial without one lost its process."""
+        self.watch.tell()
         segment = self._segments.pop(trial_id, None)
         if segment is None or self.error is not None:
             return
@@ -190,7 +220,21 @@ class SegmentSearcher(Searcher):
         if outcome.score is None:
             self.engine.failed(segment, outcome.error, retry=outcome.retry)
         else:
-            self.engine.finished(segment, outcome.score, outcome.metrics or {}, outcome.seconds)
+            self.engine.finished(
+                segment,
+                outcome.score,
+                outcome.metrics or {},
+                outcome.seconds,
+                outcome.cpu_s,
+                outcome.tokens,
+            )
+
+    def end_stall(self) -> None:
+        """Raise `TuneError` if nothing has moved for too long."""
+        message = self.watch.stalled(segment.name for segment in self._segments.values())
+        if message is not None and self.error is None:
+            self.error = TuneError(message)
+            raise self.error
 
     def _collect(self) -> None:
         """Delete checkpoints that nothing refers to; metrics and results stay for the report."""
@@ -212,6 +256,18 @@ class SegmentSearcher(Searcher):
     def get_state(self) -> dict[str, Any]:
         """The journal is the state."""
         return {}
+
+
+class EndStall(tune.Callback):
+    """Has the search ended when it stalls: Ray Tune goes through its callbacks also when nothing happens."""
+
+    def __init__(self, searcher: SegmentSearcher) -> None:
+        self._searcher = searcher
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Look for signs of progress."""
+        del iteration, trials, info
+        self._searcher.end_stall()
 
 
 @contextlib.contextmanager

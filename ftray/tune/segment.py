@@ -5,6 +5,7 @@ segment finds the finished result there, or the checkpoints of an unfinished one
 """
 
 import contextlib
+import errno
 import fcntl
 import importlib
 import os
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ftray.config.recipe import Recipe
+from ftray.config.tune import TuneConfig
 from ftray.core.errors import ConfigError, FtrayError
 from ftray.core.fs import read_json, write_json
-from ftray.core.spec import dump, parse
+from ftray.core.spec import dump, parse, replace
+from ftray.strategy.elastic import bounds
 from ftray.tune.engine import Segment
 from ftray.tune.space import apply
 
@@ -49,6 +52,10 @@ class Outcome:
     score: float | None = None
     metrics: dict[str, float] | None = None
     seconds: float = 0.0
+    cpu_s: float = 0.0
+    """CPU seconds of the process that trained."""
+    tokens: int = 0
+    """Tokens trained on."""
     error: str = ""
     retry: bool = False
     """Whether another attempt may go better."""
@@ -56,20 +63,46 @@ class Outcome:
     """Whether the whole search must end."""
 
 
-def segment_recipe(recipe: Recipe, num_steps: int) -> dict[str, Any]:
+def segment_recipe(
+    recipe: Recipe, num_steps: int, *, evaluates: bool = False, spread: bool = False
+) -> dict[str, Any]:
     """A user's recipe as the search runs it, as plain data.
 
     Schedules span all segments, nothing is saved or validated but at a segment's end, and each member is
-    trained by one worker: how a run is spread changes its result by rounding only. `bf16: auto` is a timing,
+    trained by one worker, since how a run is spread changes its result by rounding only. `bf16: auto` is a timing,
     by which members would differ by chance; here it means float32.
+
+    Args:
+        recipe: the user's.
+        num_steps: optimiser steps of all segments.
+        evaluates: keep the validations inside segments.
+        spread: keep the recipe's strategy.
     """
     limits = {"max_steps": num_steps, "num_train_epochs": None, "max_time_s": None}
-    quiet = {"eval_steps": None, "save_steps": None, "save_total_limit": 1}
+    quiet: dict[str, Any] = {"save_steps": None, "save_total_limit": 1, "save_best": False}
+    quiet["early_stopping_patience"] = None  # it would end a member before its segment does
+    if not evaluates:
+        quiet["eval_steps"] = None
     data = dump(recipe)
     data["train"] |= limits | quiet
     if data["train"]["bf16"] == "auto":
         data["train"]["bf16"] = False
-    return {**data, "strategy": "single", "tracking": []}
+    return {**data, "strategy": data["strategy"] if spread else "single", "tracking": []}
+
+
+def in_steps(config: TuneConfig, recipe: Recipe) -> TuneConfig:
+    """The search with its segments counted in optimiser steps.
+
+    Raises:
+        ConfigError: if they are counted in validations and the recipe does not validate.
+    """
+    if config.segment_evaluations is None:
+        return config
+    if recipe.train.eval_steps is None:
+        raise ConfigError(
+            "segment_evaluations: the recipe validates at its end only; set its `train.eval_steps`"
+        )
+    return replace(config, "segment_steps", config.segment_evaluations * recipe.train.eval_steps)
 
 
 def run_segment(job: Job, segment: Segment) -> Outcome:
@@ -84,9 +117,12 @@ def run_segment(job: Job, segment: Segment) -> Outcome:
             if (folder / RESULT).exists():
                 return _outcome(job, read_json(folder / RESULT))
             return _outcome(job, _train(job, segment, folder))
-    except FtrayError as error:
-        return Outcome(error=f"{type(error).__name__}: {error}")
     except Exception as error:
+        if _disk_is_full(error):
+            remedy = "the disk is full; make room and run the same command with --resume"
+            return Outcome(error=f"{folder}: {remedy}", fatal=True)
+        if isinstance(error, FtrayError):
+            return Outcome(error=f"{type(error).__name__}: {error}")
         return Outcome(error=f"{type(error).__name__}: {error}", retry=True)
 
 
@@ -113,23 +149,39 @@ def load_function(path: str) -> Any:
 
 
 def _train(job: Job, segment: Segment, folder: Path) -> dict[str, Any]:
-    from ftray.train.io import LocalIO  # imports torch, which the driver of a search does not need
-
     recipe = apply(parse(Recipe, job.recipe), segment.config)
     start_from = read_result(job.path(segment.checkpoint))[0] if segment.checkpoint else None
-    started = time.perf_counter()
-    result = load_function(job.train_fn)(
-        recipe, LocalIO(folder), start_from=start_from, stop_at=segment.stop_at
-    )
+    started, used = time.perf_counter(), time.process_time()
+    result = _run(job, recipe, folder, start_from, segment.stop_at)
+    # Of a group, the CPUs it claimed: its workers are no children of this process.
+    workers = 0 if recipe.strategy.in_process else bounds(recipe.strategy.num_workers)[1]
+    claimed = workers * recipe.strategy.cpus_per_worker * (time.perf_counter() - started) if workers else 0.0
     record = {
         "segment": asdict(segment),
         "metrics": {key: float(value) for key, value in result.metrics.items()},
         "checkpoint": _relative(result.checkpoint, folder),
         "delta": _relative(result.delta, folder),
+        "delta_digest": _delta_digest(result.delta),
+        "total_tokens": int(result.tokens),
+        "tokens": int(result.tokens) - _total_tokens(job, segment.checkpoint),
         "seconds": time.perf_counter() - started,
+        "cpu_s": time.process_time() - used + claimed,
     }
     write_json(folder / RESULT, record)
     return record
+
+
+def _run(job: Job, recipe: Recipe, folder: Path, start_from: Path | None, stop_at: int) -> Any:
+    """The result of training: in this process, or by a worker group of its own where the recipe is spread."""
+    from ftray.train.io import LocalIO  # imports torch, which the driver of a search does not need
+
+    io = LocalIO(folder)
+    if recipe.strategy.in_process:
+        return load_function(job.train_fn)(recipe, io, start_from=start_from, stop_at=stop_at)
+    from ftray.train.ray_group import run_group
+
+    shards, cpus = io.prepare(recipe), recipe.strategy.cpus_per_worker
+    return run_group(recipe, folder, shards, cpus, False, None, start_from=start_from, stop_at=stop_at)
 
 
 def _outcome(job: Job, record: dict[str, Any]) -> Outcome:
@@ -139,7 +191,36 @@ def _outcome(job: Job, record: dict[str, Any]) -> Outcome:
             "set `data.validation`" if job.metric == "eval_loss" else f"known: {', '.join(sorted(metrics))}"
         )
         return Outcome(error=f"metric: no segment reports {job.metric!r}; {remedy}", fatal=True)
-    return Outcome(score=metrics[job.metric], metrics=metrics, seconds=record["seconds"])
+    return Outcome(
+        score=metrics[job.metric],
+        metrics=metrics,
+        seconds=record["seconds"],
+        cpu_s=record["cpu_s"],
+        tokens=record["tokens"],
+    )
+
+
+def _total_tokens(job: Job, name: str | None) -> int:
+    """Tokens behind a checkpoint."""
+    return 0 if name is None else int(read_json(job.path(name) / RESULT)["total_tokens"])
+
+
+def _delta_digest(delta: Path | None) -> str | None:
+    """Identity of a delta that another one descends from, which may be gone by then."""
+    from ftray.delta import manifest
+
+    if delta is None or not (delta / manifest.MANIFEST).is_file():
+        return None
+    return manifest.read(delta, verify=False).digest
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """True if an error, or what led to it, is that of a full disk: another attempt would meet it too."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _relative(path: Path | None, folder: Path) -> str | None:

@@ -145,6 +145,31 @@ def test_when_all_fail_or_the_metric_is_never_reported_the_search_says_so(ray_cl
     assert read(tmp_path / "metric" / "runs" / "search" / "journal.jsonl")[0]["kind"] == "open"
 
 
+def test_a_search_that_stands_still_is_ended_and_can_go_on(ray_cluster, tmp_path):
+    started = time.monotonic()
+    with pytest.raises(TuneError, match=r"no progress for 3 s, m001-s001-\w+ without a sign of life"):
+        search(tmp_path, {"hang": ["m001-s001"]}, stall_s=3.0)
+    assert time.monotonic() - started < 40
+    before = read(tmp_path / "runs" / "search" / "journal.jsonl")
+    result = search(tmp_path, resume=True)
+    assert result.num_drivers == 2 and read(result.journal)[: len(before)] == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_segments"),
+    [
+        ({"policy": {"type": "asha", "reduction_factor": 2}}, 4 + 2 + 1),
+        ({"policy": {"type": "tpe", "num_startup": 2}, "num_segments": 1}, 4),
+        ({"policy": {"type": "pbt", "selection": "tournament"}, "asynchronous": True}, 12),
+    ],
+)
+def test_other_policies_run_through_the_same_engine(ray_cluster, tmp_path, changes, num_segments):
+    result = search(tmp_path, **changes)
+    assert result.num_segments == num_segments and result.cost.tokens == num_segments * 4 * 10
+    members = replay(read(result.journal)).members
+    assert result.score == min(member.score for member in members)
+
+
 @pytest.mark.parametrize(
     "num_records", [pytest.param(4, marks=pytest.mark.slow), 11, pytest.param(20, marks=pytest.mark.slow)]
 )

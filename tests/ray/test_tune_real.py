@@ -7,8 +7,12 @@ import pytest
 import yaml
 
 from ftray.cli.main import main
+from ftray.config.load import load
+from ftray.config.tune import TuneConfig
+from ftray.core.spec import replace
 from ftray.registry.local import Registry
 from ftray.tune.journal import read
+from ftray.tune.ray_trials import run
 
 pytestmark = pytest.mark.ray
 
@@ -44,6 +48,21 @@ def write_search(folder: Path, base: Path) -> Path:
     }
     (folder / "tune.yaml").write_text(yaml.safe_dump(search))
     return folder / "tune.yaml"
+
+
+@pytest.mark.slow
+def test_segments_of_several_workers_are_those_of_one(ray_cluster, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load(TuneConfig, write_search(tmp_path, tiny_base))
+    alone = run(replace(config, "max_concurrent", 1))
+    spread = replace(replace(config, "spread", True), "name", "spread")
+    spread = replace(replace(spread, "max_concurrent", 1), "overrides", ["strategy.cpus_per_worker=0.9"])
+    both = run(spread)
+    assert both.num_segments == alone.num_segments == 4 and both.num_failures == 0
+    scores = [[r["score"] for r in read(result.journal) if r["kind"] == "commit"] for result in (alone, both)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    saved = list((both.folder / "segments").glob("*/progress/rank-1.json"))
+    assert len(saved) == 4, "each segment had two workers"
 
 
 def test_search_and_publish(ray_cluster, tiny_base, tmp_path, monkeypatch, capsys):

@@ -99,6 +99,31 @@ def test_a_full_disk_leaves_no_torn_record(tmp_path, monkeypatch):
     assert read(path) == [RECORDS[0], RECORDS[2]]
 
 
+def test_a_disk_that_takes_no_more_leaves_the_journal_whole(tmp_path):
+    """In a process that may write no larger files, which the kernel tells it by a short write and then EFBIG."""
+    path = tmp_path / "journal.jsonl"
+    script = textwrap.dedent(
+        """
+        import pathlib, resource, signal, sys
+        from ftray.core.errors import TuneError
+        from ftray.tune.journal import Journal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        journal = Journal(pathlib.Path(sys.argv[1]))
+        try:
+            while True:
+                journal.append({"kind": "start", "number": len(journal.records)})
+        except TuneError as error:
+            print(len(journal.records), error)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
+    count, _, message = done.stdout.partition(" ")
+    assert "cannot be written" in message and "--resume" in message and message.count("\n") == 1
+    with Journal(path) as journal:
+        assert journal.torn_bytes == 0 and len(journal.records) == int(count) > 50
+
+
 def test_no_journal(tmp_path):
     with pytest.raises(TuneError, match="no such journal"):
         read(tmp_path / "journal.jsonl")

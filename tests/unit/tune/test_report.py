@@ -1,12 +1,16 @@
 import io
+import json
 
 import pytest
 from rich.console import Console
 
 from ftray.core.errors import TuneError
 from ftray.core.fs import write_json
+from ftray.tune.members import members, schedule
+from ftray.tune.plots import plot, plot_lineage, plot_parallel
 from ftray.tune.population import Population, replay
-from ftray.tune.report import plot, schedule, summarise, table
+from ftray.tune.result import summarise
+from ftray.tune.table import table
 from tests.unit.tune.test_engine import Toy, config, search
 
 
@@ -64,6 +68,49 @@ def test_the_plot_is_a_png_once_there_are_scores(finished, tmp_path):
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
     plot(records[:1], tmp_path / "none.png", "eval_loss")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_every_picture_is_a_png_and_drawn_from_the_journal_alone(finished, tmp_path):
+    _, records = finished
+    plot_lineage(records, tmp_path / "lineage.png", "min")
+    plot_parallel(records, tmp_path / "parallel.png", "eval_loss", "min")
+    for name in ("lineage.png", "parallel.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_curve_goes_on_along_the_lineage(finished):
+    folder, records = finished
+    starts = [record for record in records if record["kind"] == "start"]
+    for start in starts:
+        steps = range(start["stop_at"] - 4, start["stop_at"] + 1)
+        lines = [json.dumps({"step": step, "loss": float(start["member"])}) + "\n" for step in steps]
+        path = folder / "segments" / start["name"] / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines))
+    population = replay(records)
+    views = members(folder)
+    assert [view.status for view in views] == ["done"] * 4
+    for view, member in zip(views, population.members, strict=True):
+        assert [record["step"] for record in view.curve] == list(range(1, 16))
+        trained_by = [step["member"] for step in view.schedule for _ in range(5)]
+        assert [record["loss"] for record in view.curve] == [float(index) for index in trained_by]
+        assert [record["member"] for record in view.curve] == trained_by
+        assert view.lineage == member.lineage and view.config == member.config
+    assert any(len({r["member"] for r in view.curve}) > 1 for view in views)
+
+
+def test_what_was_saved_is_what_was_not_trained(tmp_path):
+    settings = config(policy={"type": "asha", "reduction_factor": 2}, num_members=8, num_segments=4)
+    engine = search(tmp_path, Toy(), settings)
+    best = engine.population.best("min")
+    folder = tmp_path / "segments" / best.checkpoint
+    folder.mkdir(parents=True)
+    write_json(folder / "segment.json", {"checkpoint": None, "delta": None})
+    cost = summarise(settings, tmp_path, engine.journal.records, 0.0).cost
+    assert (cost.segments, cost.segments_to_the_end, cost.saved) == (16, 32, 0.5)
+    # The toy's driver counts 50 tokens and a tenth of a second a segment.
+    assert (cost.tokens, cost.tokens_to_the_end) == (800, 1600)
+    assert cost.cpu_s == pytest.approx(1.6) and cost.cpu_s_to_the_end == pytest.approx(3.2)
 
 
 def test_no_score_yet(tmp_path):

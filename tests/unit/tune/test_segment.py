@@ -1,16 +1,20 @@
 """Segments run in this process, without Ray."""
 
+import contextlib
 import json
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from ftray.config.recipe import Recipe
+from ftray.config.tune import TuneConfig
 from ftray.core.errors import ConfigError
 from ftray.core.spec import parse
+from ftray.core.spec import replace as spec_replace
 from ftray.tune.engine import Segment
-from ftray.tune.segment import Job, load_function, read_result, run_segment, segment_recipe
+from ftray.tune.segment import Job, in_steps, load_function, read_result, run_segment, segment_recipe
 from ftray.tune.space import Space
 
 SEGMENT = Segment(
@@ -123,3 +127,46 @@ def test_a_delta_outside_the_segment_is_an_invariant_broken(job, monkeypatch, tm
     elsewhere = SimpleNamespace(checkpoint=tmp_path / "elsewhere", delta=None, metrics={"eval_loss": 1.0})
     monkeypatch.setattr(toy_train, "train", lambda *args, **kwargs: elsewhere)
     assert "elsewhere" in run_segment(job, SEGMENT).error
+
+
+def test_a_full_disk_ends_the_search_and_not_the_member(job, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting a small disk needs rights this process lacks: {mounted.stderr.strip()}")
+    try:
+        (disk / "filler").write_bytes(b"0" * 60_000)
+        with contextlib.suppress(OSError):
+            (disk / "more").write_bytes(b"0" * 8192)
+        full = replace(job, folder=str(disk / "search"))
+        outcome = run_segment(full, SEGMENT)
+        assert outcome.fatal and not outcome.retry and outcome.score is None
+        assert "the disk is full; make room" in outcome.error and "\n" not in outcome.error
+        (disk / "filler").unlink()
+        assert run_segment(full, SEGMENT).error == ""
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_segments_are_counted_in_validations_if_the_recipe_says_when(recipe):
+    search = parse(
+        TuneConfig,
+        {"name": "s", "recipe": "r", "space": {"optim.learning_rate": {"uniform": [0, 1]}}},
+    )
+    assert in_steps(search, recipe) == search
+    counted = spec_replace(search, "segment_evaluations", 3)
+    with pytest.raises(ConfigError, match="set its"):
+        in_steps(counted, recipe)
+    validating = spec_replace(recipe, "train.eval_steps", 4)
+    assert in_steps(counted, validating).segment_steps == 12
+    assert segment_recipe(validating, 24, evaluates=True)["train"]["eval_steps"] == 4
+    assert segment_recipe(validating, 24)["train"]["eval_steps"] is None
+
+
+def test_what_a_segment_took_is_its_own_part(job):
+    first = run_segment(job, SEGMENT)
+    after = replace(SEGMENT, name="m001-s001-def", member=1, segment=1, checkpoint=SEGMENT.name, stop_at=8)
+    assert (first.tokens, run_segment(job, after).tokens) == (40, 40)

@@ -3,7 +3,8 @@ import math
 import pytest
 
 from ftray.core.errors import ConfigError
-from ftray.tune.space import Space, Uniform, is_structural, parse_distribution, unit
+from ftray.tune.distribution import Uniform, parse_distribution
+from ftray.tune.space import Space, is_structural, unit
 
 SPACE = {
     "optim.learning_rate": {"loguniform": [1e-4, 1e-2]},

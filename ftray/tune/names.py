@@ -1,0 +1,42 @@
+"""Paths of a recipe's fields, and what somebody may have meant by one that is not there."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+
+def paths(data: Any, prefix: str = "") -> list[str]:
+    """Every dotted path of nested mappings, those of the mappings themselves included."""
+    if not isinstance(data, Mapping):
+        return []
+    found = []
+    for key, value in data.items():
+        found += [prefix + key, *paths(value, f"{prefix}{key}.")]
+    return found
+
+
+def value_at(data: Any, path: str) -> Any:
+    """The value at a dotted path of nested mappings; None where there is none."""
+    for key in path.split("."):
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The remedy for an unknown name: the nearest known ones."""
+    near = [other for other in known if _is_short_for(name, other)]
+    near += [other for other in difflib.get_close_matches(name, known, n=3, cutoff=0.5) if other not in near]
+    # A path is often right but for its section.
+    near = near or [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
+    if not near:
+        return f"known: {', '.join(known)}"
+    return "did you mean " + " or ".join(f"`{item}`" for item in near[:3]) + "?"
+
+
+def _is_short_for(name: str, other: str) -> bool:
+    """True for `optim.lr` and `optim.learning_rate`, for `adapt.rank` and `adapt.r`."""
+    (section, _, leaf), (other_section, _, other_leaf) = name.rpartition("."), other.rpartition(".")
+    if section != other_section or not leaf:
+        return False
+    initials = "".join(word[:1] for word in other_leaf.split("_"))
+    return leaf == initials or other_leaf == leaf[:1]

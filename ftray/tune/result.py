@@ -1,0 +1,138 @@
+"""The outcome of a search, from its journal: the winner, what was done, what it took and what was saved."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ftray.config.tune import TuneConfig
+from ftray.core.errors import TuneError
+from ftray.core.fs import write_json
+from ftray.tune.journal import Record
+from ftray.tune.members import schedule
+from ftray.tune.population import replay
+from ftray.tune.segment import read_result
+
+RESULT = "tune_result.json"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the finished segments of a search took, and what all members would have taken to the end.
+
+    The latter is the former times the segments there would have been; failed attempts are in neither.
+    """
+
+    segments: int
+    tokens: int
+    cpu_s: float
+    """CPU seconds of the training processes."""
+    seconds: float
+    """Seconds of training, summed over segments that ran side by side."""
+    segments_to_the_end: int
+    tokens_to_the_end: int
+    cpu_s_to_the_end: float
+    saved: float
+    """Fraction of the segments that was not trained."""
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """The outcome of a search."""
+
+    name: str
+    member: int
+    """The winner."""
+    metric: str
+    mode: str
+    score: float
+    metrics: dict[str, float]
+    """All metrics of the winner's last segment."""
+    config: dict[str, Any]
+    """The winner's last configuration, recipe path -> value."""
+    schedule: list[dict[str, Any]]
+    """What the winner's weights were trained with, segment by segment: member, config, score."""
+    lineage: list[int]
+    """The members whose weights it carries, oldest first."""
+    checkpoint: Path | None
+    delta: Path | None
+    folder: Path
+    journal: Path
+    num_members: int
+    num_segments: int
+    """Segments trained, over all members."""
+    num_exploits: int
+    """Times a member took over another's checkpoint."""
+    num_perturbations: int
+    """Exploits whose configuration came out different from the donor's."""
+    num_replaced: int
+    """Exploits that took the place of a diverged or crashed member."""
+    num_failures: int
+    """Attempts at a segment that failed."""
+    num_drivers: int
+    """Drivers it took: 1 plus the resumptions."""
+    seconds: float
+    """Time of this driver."""
+    cost: Cost
+
+
+def summarise(config: TuneConfig, folder: Path, records: Sequence[Record], seconds: float) -> TuneResult:
+    """Read the outcome of a finished search out of its journal.
+
+    Raises:
+        TuneError: if no member has a score.
+    """
+    population = replay(records)
+    best = population.best(config.mode)
+    if best is None or best.score is None or best.checkpoint is None:
+        raise TuneError(f"{folder}: no member has a score yet; go on with --resume")
+    commits = [record for record in records if record["kind"] == "commit"]
+    decisions = [decision for record in records for decision in record.get("decisions", [])]
+    checkpoint, delta = read_result(folder / "segments" / best.checkpoint)
+    return TuneResult(
+        name=config.name,
+        member=best.index,
+        metric=config.metric,
+        mode=config.mode,
+        score=best.score,
+        metrics=next(record["metrics"] for record in commits if record["checkpoint"] == best.checkpoint),
+        config=best.config,
+        schedule=schedule(records, best.checkpoint),
+        lineage=best.lineage,
+        checkpoint=checkpoint,
+        delta=delta,
+        folder=folder,
+        journal=folder / "journal.jsonl",
+        num_members=len(population.members),
+        num_segments=len(commits),
+        num_exploits=len(decisions),
+        num_perturbations=sum(decision["perturbed"] for decision in decisions),
+        num_replaced=sum(decision["replaced"] for decision in decisions),
+        num_failures=sum(record["kind"] == "fail" for record in records),
+        num_drivers=population.epoch,
+        seconds=round(seconds, 3),
+        cost=cost(commits, len(population.members) * config.num_segments),
+    )
+
+
+def cost(commits: Sequence[Record], segments_to_the_end: int) -> Cost:
+    """Sum up the segments that were finished."""
+    tokens = sum(record.get("tokens", 0) for record in commits)
+    cpu_s = sum(record.get("cpu_s", 0.0) for record in commits)
+    times = segments_to_the_end / len(commits)
+    return Cost(
+        segments=len(commits),
+        tokens=tokens,
+        cpu_s=round(cpu_s, 1),
+        seconds=round(sum(record["seconds"] for record in commits), 1),
+        segments_to_the_end=segments_to_the_end,
+        tokens_to_the_end=round(tokens * times),
+        cpu_s_to_the_end=round(cpu_s * times, 1),
+        saved=round(1 - 1 / times, 4),
+    )
+
+
+def write_result(result: TuneResult, folder: Path) -> None:
+    """Write `tune_result.json` into a folder."""
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
+    write_json(folder / RESULT, plain)
