@@ -67,6 +67,7 @@ def build_structure(
     folder = resolve_folder(config.model_name_or_path) if config.init == "pretrained" else None
     try:
         settings = load_config(folder) if folder else AutoConfig.for_model(**config.config)
+        _refuse_classifier(settings, folder)
         with torch.random.fork_rng(), parameters_on_meta() if on_meta else contextlib.nullcontext():
             torch.manual_seed(seed)
             model: Any = AutoModelForCausalLM.from_config(
@@ -87,6 +88,15 @@ def build_structure(
     # What is added later (an adapter's factors, a score head) is told from the base by this.
     model.ftray_base_names = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     return model
+
+
+def _refuse_classifier(settings: Any, folder: Path | None) -> None:
+    # A reward model of a base with tied embeddings would load as a language model, and answer as none.
+    for name in settings.architectures or ():
+        if name.endswith("ForSequenceClassification"):
+            raise ModelError(
+                f"{folder}: {name} scores texts and is no language model; name the base it was trained from"
+            )
 
 
 def load_weights(

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from ftray.core.errors import ConfigError, DataError
+from ftray.core.errors import ConfigError, DataError, ModelError
 from ftray.model.build import load_model
 from ftray.objective.reward import Reward
 from ftray.testing import tiny
@@ -88,6 +88,8 @@ def test_a_reward_model_loads_in_transformers(
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     check_scores(model.eval(), result, tiny_base)
+    with pytest.raises(ModelError, match="scores texts and is no language model"):
+        load_model(result.delta)
 
 
 @torch.no_grad()
