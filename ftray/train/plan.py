@@ -16,6 +16,7 @@ from ftray.train.memory import Memory, step_memory
 from ftray.train.sample import sample_source
 
 _SAMPLED_FILES = 4
+_MOST_ADVICE = 2
 _BUCKET_BYTES = 64 << 20
 """A flat piece of gradients that ranks sum at a time."""
 
@@ -187,8 +188,10 @@ def has_fast_bf16() -> bool:
 
 def what_fits(recipe: Recipe, rows: Rows, budget_bytes: int) -> list[str]:
     """Changes to a recipe, the smallest first, with which a rank is predicted to stay within a budget."""
-    found = []
+    found: list[str] = []
     for changes in _changes(recipe):
+        if len(found) == _MOST_ADVICE:
+            break
         smaller = recipe
         for field, value in changes.items():
             smaller = replace(smaller, field, value)
@@ -196,7 +199,7 @@ def what_fits(recipe: Recipe, rows: Rows, budget_bytes: int) -> list[str]:
         if needed <= budget_bytes:
             words = " ".join(f"{field}={_word(value)}" for field, value in changes.items())
             found.append(f"{words} ({gib(needed)})")
-    return found[:3]
+    return found
 
 
 def scaled(rows: Rows, recipe: Recipe, other: Recipe) -> Rows:

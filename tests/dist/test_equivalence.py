@@ -36,6 +36,7 @@ def check(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     return int(code or 0), capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sound(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_resolved(make_recipe(adapt__lora_dropout=0.1), tmp_path / "recipe.yaml")
     code, text = check(tmp_path / "recipe.yaml", capsys)

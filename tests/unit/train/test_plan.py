@@ -1,6 +1,7 @@
 """What `ftray plan` says, what running out of memory says, and that both are right."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -60,12 +61,12 @@ def test_what_would_fit(make_recipe: MakeRecipe) -> None:
 def test_the_command_needs_no_memory(
     make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An 8-billion-parameter model: 32 GB of weights are planned in seconds, in a fraction of that."""
+    """Layers and vocabulary of an 8-billion-parameter model: 7 GB of weights, in a fraction of that."""
     shape = {
         "model_type": "llama",
         "hidden_size": 4096,
         "intermediate_size": 14336,
-        "num_hidden_layers": 32,
+        "num_hidden_layers": 4,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "vocab_size": 128256,
@@ -74,9 +75,11 @@ def test_the_command_needs_no_memory(
     tiny = make_recipe()
     changes = {"init": "config", "config": shape, "tokenizer_name_or_path": tiny.model.model_name_or_path}
     write_resolved(make_recipe(model=changes), tmp_path / "recipe.yaml")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     main_exits_well(["plan", str(tmp_path / "recipe.yaml"), "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert 8.0e9 < found["parameters"] < 8.1e9 and found["memory"]["weights"] > 32e9
+    assert found["memory"]["weights"] > 7e9
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 0.5e6  # KiB
 
 
 def main_exits_well(words: list[str]) -> None:
@@ -121,6 +124,7 @@ main(["run", sys.argv[1]])
 """
 
 
+@pytest.mark.slow
 def test_a_real_limit_ends_in_one_line(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     shape = {
         "model_type": "llama",
