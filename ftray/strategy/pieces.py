@@ -7,6 +7,8 @@ tensors come from every rank, replicated ones from rank 0. Nothing is pickled.
 
 import dataclasses
 import json
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,16 +39,24 @@ class Pieces:
     """Kind of file -> this rank's pieces by name."""
     index: Mapping[str, Mapping[str, Any]]
     """Kind of file -> whole shape and offset of each piece."""
+    written: threading.Event = dataclasses.field(default_factory=threading.Event)
+    """Set when the pieces are needed no more."""
 
     def write(self, folder: Path) -> list[str]:
         """See `Snapshot.write`."""
-        if self.rank >= self.num_writers:
-            return []
         names = []
-        for kind, tensors in self.files.items():
-            names.append(f"{kind}-{self.rank}-of-{self.num_writers}.safetensors")
-            write_tensors(folder / names[-1], tensors, {_INDEX: json.dumps(self.index[kind])})
+        try:
+            for kind, tensors in self.files.items() if self.rank < self.num_writers else ():
+                names.append(f"{kind}-{self.rank}-of-{self.num_writers}.safetensors")
+                write_tensors(folder / names[-1], tensors, {_INDEX: json.dumps(self.index[kind])})
+        finally:
+            self.written.set()
         return names
+
+
+# The last snapshot of an optimiser, whose memory the next one uses again: fresh memory costs a page fault for
+# every 4 KiB, which took most of the time of a copy. It goes with the optimiser.
+_LAST: weakref.WeakKeyDictionary[torch.optim.Optimizer, Pieces] = weakref.WeakKeyDictionary()
 
 
 def take(
@@ -65,19 +75,30 @@ def take(
         "trainable": parameters,
         "optimizer": state_tensors(parameters, optimizers),
     }
+    last = _LAST.get(optimizers[0]) if optimizers else None
+    spare = last.files if last is not None and last.written.is_set() else {}
     files: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in kinds}
     index: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
-    if rank < num_writers:
-        for kind, tensors in kinds.items():
-            for name, tensor in tensors.items():
-                offset, shape = region(tensor)
-                if (isinstance(tensor, DTensor) and 0 not in shape) or (
-                    rank == 0 and not isinstance(tensor, DTensor)
-                ):
-                    part = local(tensor.detach())
-                    files[kind][name] = part.to("cpu", copy=copy).contiguous()
-                    index[kind][name] = {"shape": list(tensor.shape), "offset": list(offset)}
-    return Pieces(rank, num_writers, files, index)
+    for kind, tensors in kinds.items() if rank < num_writers else ():
+        for name, tensor in tensors.items():
+            offset, shape = region(tensor)
+            if 0 not in shape if isinstance(tensor, DTensor) else rank == 0:
+                part = local(tensor.detach())
+                files[kind][name] = (
+                    _copy(part, spare.get(kind, {}).get(name)) if copy else part.cpu().contiguous()
+                )
+                index[kind][name] = {"shape": list(tensor.shape), "offset": list(offset)}
+    taken = Pieces(rank, num_writers, files, index)
+    if copy and optimizers:
+        _LAST[optimizers[0]] = taken
+    return taken
+
+
+def _copy(part: torch.Tensor, spare: torch.Tensor | None) -> torch.Tensor:
+    """A copy in CPU memory, in `spare` if it fits; pinned, if it comes from a GPU."""
+    if spare is None or spare.shape != part.shape or spare.dtype != part.dtype:
+        spare = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+    return spare.copy_(part)
 
 
 def state_tensors(parameters: Parameters, optimizers: Optimizers) -> dict[str, torch.Tensor]:

@@ -15,7 +15,9 @@ def plot_run(run_dir: Path) -> Path | None:
     panels = [("loss", "loss"), ("learning_rate", "learning rate"), ("grad_norm", "gradient norm")]
     if not any("loss" in record for record in records):
         return None
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    figure = Figure(figsize=(12, 3.4))
+    # Fixed margins: a layout that measures every label takes as long as drawing.
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.15, top=0.91, wspace=0.3)
     FigureCanvasAgg(figure)
     for axis, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
         axis.plot(*_series(records, key), linewidth=1, label="training")

@@ -96,6 +96,20 @@ def test_a_snapshot_is_of_its_moment(tmp_path: Path, dtype: torch.dtype) -> None
         Single().restore(tmp_path, manifest, {**others, "a": torch.nn.Parameter(torch.ones(3, 4))}, fresh)
 
 
+def test_memory_is_used_again_when_it_is_written(tmp_path: Path) -> None:
+    parameters, optimizers = stepped(torch.float32)
+    first = Single().snapshot(parameters, optimizers)
+    second = Single().snapshot(parameters, optimizers)
+    place = second.files["trainable"]["a"].data_ptr()
+    assert first.files["trainable"]["a"].data_ptr() != place, "the first is still to be written"
+    second.write(tmp_path)
+    with torch.no_grad():
+        parameters["a"].zero_()
+    third = Single().snapshot(parameters, optimizers)
+    assert third.files["trainable"]["a"].data_ptr() == place
+    assert not third.files["trainable"]["a"].any() and first.files["trainable"]["a"].any()
+
+
 def test_files_are_what_safetensors_reads(tmp_path: Path) -> None:
     tensors = {
         "half": torch.randn(3, 4).to(torch.bfloat16).T,
