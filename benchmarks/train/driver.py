@@ -17,6 +17,7 @@ class Arm:
 
     def __init__(self, spec: Mapping[str, Any], log: Any) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(spec["threads"]), "PYTHONUNBUFFERED": "1"}
+        environment |= spec.get("environment", {})
         self.name = str(spec["name"])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.train.arm", json.dumps(spec)],

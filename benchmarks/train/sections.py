@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.train.driver import Record, interleave, median, ratio
 from benchmarks.train.setup import make_recipe, packed_rows, prepare_folder, step_flops
+from ftray.cluster.allocator import environment
 
 Figures = dict[str, Any]
 PARAMETERS = 25_500_000
@@ -34,7 +35,7 @@ class Setup:
 
     def ours(self, length: int, threads: int, name: str = "ours", **changes: Any) -> Figures:
         """Specification of one of our arms."""
-        return self._spec("ours", length, threads, name) | {"changes": changes}
+        return self._spec("ours", length, threads, name) | {"changes": changes, "environment": environment()}
 
     def trl(
         self, length: int, threads: int, name: str, *, batch: int, packing: bool, bf16: bool = True
@@ -85,10 +86,12 @@ def versus_trl(setup: Setup) -> Figures:
     for length in setup.lengths:
         best = _trl_best(setup, length)
         for threads in setup.threads:
+            packing = setup.trl(length, threads, "trl_packing", batch=best, packing=True)
             specs = [
                 setup.ours(length, threads),
                 setup.trl(length, threads, "trl_default", batch=8, packing=False),
-                setup.trl(length, threads, "trl_packing", batch=best, packing=True),
+                packing,
+                packing | {"name": "trl_packing_our_allocator", "environment": environment()},
                 setup.peak(threads, "bfloat16"),
             ]
             found = interleave(specs, setup.steps, setup.log)
@@ -108,7 +111,7 @@ def _compared(setup: Setup, length: int, found: dict[str, list[Record]]) -> Figu
         "fraction_of_matmul_peak_bf16": round(median(rates, "rate") / peak, 3),
         "peak_gflops_bf16": round(peak / 1e9),
     }
-    for name in ("ours", "trl_default", "trl_packing"):
+    for name in (name for name in found if not name.startswith("peak")):
         records = [
             r | {"t": t / r["cpu_s"], "w": t / r["wall_s"]} for r, t in zip(found[name], tokens, strict=True)
         ]
@@ -120,9 +123,9 @@ def _compared(setup: Setup, length: int, found: dict[str, list[Record]]) -> Figu
             figures[f"ratio_vs_{short}"] = round(ratio(ours, found[name], "cpu_s"), 3)
             figures[f"wall_ratio_vs_{short}"] = round(ratio(ours, found[name], "wall_s"), 3)
             figures[f"loss_difference_{name}"] = round(_agree(ours, found[name]), 5)
-    figures["memory_ratio_vs_trl_packing"] = round(
-        figures["ours_peak_mb"] / figures["trl_packing_peak_mb"], 3
-    )
+    for suffix in ("", "_our_allocator"):
+        theirs = figures[f"trl_packing{suffix}_peak_mb"]
+        figures[f"memory_ratio_vs_trl_packing{suffix}"] = round(figures["ours_peak_mb"] / theirs, 3)
     return figures
 
 

@@ -32,6 +32,8 @@ LLAMA: dict[str, Any] = {
 LEARNING_RATE = 1e-3
 STEP_TOKENS = 4096
 """Tokens of one optimiser step: a global batch is this many, whatever the length of a row."""
+_FORWARD_TOKENS = 1024
+"""Tokens of one of our forward passes: more are faster by a few per cent and hold more activations."""
 _CORPUS_BYTES = 6 << 20
 _LEAST_CHARACTERS = 200
 
@@ -90,7 +92,7 @@ def make_recipe(folder: Path, length: int, **changes: Any) -> Recipe:
         "train": {
             "max_steps": 100_000,
             "global_batch_size": STEP_TOKENS // length,
-            "per_device_train_batch_size": max(1, STEP_TOKENS // length),
+            "per_device_train_batch_size": max(1, _FORWARD_TOKENS // length),
             "bf16": True,
         },
     }
