@@ -107,10 +107,9 @@ class Dataset:
         return int(told["rows"]) if told else 0
 
     def entries(self, outcome: Outcome) -> list[dict[str, Any]]:
-        """The manifest entry of a unit's shard, with the number of its source; none if it has no row."""
-        if outcome.shard is None:
-            return []
-        return [{**outcome.shard, "source": self._source_number[outcome.unit.file]}]
+        """The manifest entries of a unit's shards, with the number of its source."""
+        source = self._source_number[outcome.unit.file]
+        return [{**shard, "source": source} for shard in outcome.shards]
 
     def commit(self, outcomes: Sequence[Outcome]) -> None:
         """Write the quarantined rows and the manifest of a data set whose units are all prepared."""
@@ -188,11 +187,13 @@ class Prefix:
         while (found := self._waiting.pop(len(self._ready), None)) is not None:
             self._ready.append(found)
             self._shards += self.dataset.entries(found)
-            if len(self._shards) == self.dataset.window_shards:
+            size = self.dataset.window_shards
+            while len(self._shards) >= size:
+                window, self._shards = self._shards[:size], self._shards[size:]
                 counts = counts_of(self._ready, self.dataset.identity["max_length"])
-                self.dataset.write_window(self._windows, self._shards, counts)
-                self._starts.append(counts["packed_rows"])
-                self._windows, self._shards = self._windows + 1, []
+                self.dataset.write_window(self._windows, window, counts)
+                self._starts.append(self._starts[-1] + sum(shard["rows"] for shard in window))
+                self._windows += 1
 
 
 def counts_of(outcomes: Sequence[Outcome], max_length: int) -> dict[str, Any]:
@@ -200,7 +201,7 @@ def counts_of(outcomes: Sequence[Outcome], max_length: int) -> dict[str, Any]:
     filtered = sum((outcome.filtered for outcome in outcomes), Counter[str]())
     changed = sum((outcome.changed for outcome in outcomes), Counter[str]())
     quarantined = Counter(record["reason"] for outcome in outcomes for record in outcome.quarantined)
-    shards = [outcome.shard for outcome in outcomes if outcome.shard]
+    shards = [shard for outcome in outcomes for shard in outcome.shards]
     documents = sum(outcome.documents for outcome in outcomes)
     split = sum(outcome.split for outcome in outcomes)
     rows, tokens = sum(shard["rows"] for shard in shards), sum(shard["tokens"] for shard in shards)

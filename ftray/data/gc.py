@@ -18,7 +18,7 @@ from typing import Any
 from ftray.core.errors import DataError, FtrayError
 from ftray.core.fs import read_json
 from ftray.data.dataset import PREPARING, USED
-from ftray.data.read import MANIFEST
+from ftray.data.read import MANIFEST, record_of
 from ftray.data.store import Folder, is_url
 
 _DAY_S = 86_400.0
@@ -79,8 +79,7 @@ def find_garbage(cache_dir: Folder, days: float) -> Garbage:
             found.datasets.append(folder)
             found.size_bytes += sum(path.stat().st_size for path in folder.iterdir())
     for path in sorted((root / "shards").glob("*/*")):
-        stem = path.with_suffix("")
-        if stem not in named and path.stat().st_mtime < before:
+        if _record(path) not in named and path.stat().st_mtime < before:
             found.files.append(path)
             found.size_bytes += path.stat().st_size
     return found
@@ -94,10 +93,15 @@ def _is_needed(folder: Path, before: float) -> bool:
 
 
 def _named(folder: Path) -> Iterator[Path]:
-    """Shards of a data set, without suffix."""
+    """What is remembered of the units whose shards a data set names."""
     for path in [folder / MANIFEST, *folder.glob("window-*.json")]:
         for shard in (_json(path) or {}).get("shards", []):
-            yield Path(posixpath.normpath(folder / shard["file"])).with_suffix("")
+            yield _record(Path(posixpath.normpath(folder / shard["file"])))
+
+
+def _record(path: Path) -> Path:
+    """The record of the unit that a file of the shards belongs to."""
+    return Path(record_of(str(path)))
 
 
 def _running(path: Path) -> str | None:

@@ -23,8 +23,8 @@ from ftray.data.store import Folder, open_store
 from ftray.data.tokenise import Tokeniser, tokeniser
 from ftray.data.transform.base import Barrier, Decider, Mask
 from ftray.data.transform.split import part_of
-from ftray.data.units import load_outcome, prepare_unit, unit_key
-from ftray.data.work import Outcome, Plan, Runner, Task, run_here
+from ftray.data.units import load_outcome, prepare_unit, shard_name, unit_key
+from ftray.data.work import BLOCK_CHARS, Outcome, Plan, Runner, Task, run_here
 
 __all__ = ["QUARANTINE", "Preparation", "Split", "Stopped", "prepare_local", "prepare_with"]
 
@@ -103,6 +103,7 @@ class Preparation:
             overlong=data.overlong,
             store=self.store,
             columns={str(name): column for name, column in data.columns.items()},
+            block_chars=BLOCK_CHARS,
         )
         self.how = how
         self.units = split_units(found, UNIT_BYTES)
@@ -201,12 +202,11 @@ class Preparation:
                 tasks.append(task)
             else:
                 yield found
-        keys = {task.unit.index: task.key for task in tasks}
         # Tasks of a cluster write shards before anyone takes their outcomes, so a run that is to wait gets few.
         size = self.data.window_shards if self.data.drop_consumed else max(1, len(tasks))
         for start in range(0, len(tasks), size):
             for outcome in run(functools.partial(prepare_unit, self.plan), tasks[start : start + size]):
-                if outcome.shard and self.store.stamp(f"{keys[outcome.unit.index]}.arrow") is None:
+                if outcome.shards and self.store.stamp(shard_name(outcome.shards[-1])) is None:
                     raise DataError(
                         f"{self.folder}: a shard written by another node is not here; "
                         "set data.cache_dir to storage that all nodes share"
@@ -230,6 +230,7 @@ def _how(data: DataConfig, tok: Tokeniser) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "unit_bytes": UNIT_BYTES,
+        "block_chars": BLOCK_CHARS,
         "columns": dict(data.columns),
         "transforms": dump(data.prepare_transforms),
         "max_length": data.max_length,

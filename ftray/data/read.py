@@ -18,7 +18,7 @@ from ftray.core.fs import verify_tree
 from ftray.data.cache import NodeCache
 from ftray.data.store import Folder, is_url, open_store, split_folder
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 STAMPS = "stamps.json"
 """Sizes and times of the shards when they were last known good."""
@@ -178,7 +178,7 @@ class Shards:
         for number in numbers:
             name = self._shard_name(number)
             # Without the record of its unit a shard is not missed but made anew.
-            self._store.remove(name.removesuffix(".arrow") + ".json")
+            self._store.remove(record_of(name))
             self._store.remove(name)
 
     def _shard_name(self, number: int) -> str:
@@ -195,12 +195,18 @@ class Shards:
                 verify_tree(path.parent, {path.name: digest}, DataError)
             except DataError as error:
                 # Without its record and the stamps of the data set the next preparation makes it anew.
-                self._store.remove(name.removesuffix(".arrow") + ".json")
+                self._store.remove(record_of(name))
                 self._store.remove(f"{self._name}/{STAMPS}")
                 what = str(error).partition(";")[0]
                 raise DataError(f"{what}; start again: the next preparation makes it anew") from None
             self._good.add(name)
         return path
+
+
+def record_of(shard: str) -> str:
+    """The name of what is remembered of the unit that a shard is of, from the shard's name or path."""
+    folder, _, name = shard.rpartition("/")
+    return f"{folder}/{name.partition('.')[0]}.json"
 
 
 def counts_line(counts: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """The prepared units of all data sets of a cache, each under a key of all that decides its content.
 
-    shards/<source>/<unit>.arrow   packed rows
-    shards/<source>/<unit>.json    what became of the unit's rows; written last
-    shards/<source>/<unit>.keys    what a barrier compares
+    shards/<source>/<unit>.<number>.arrow   packed rows of a block
+    shards/<source>/<unit>.json             what became of the unit's rows; written last
+    shards/<source>/<unit>.keys             what a barrier compares
 
 `<source>` is a digest of a source file and of what is done to it, so a new file costs only itself, a file that
 two data sets share is prepared once, and a killed preparation goes on with the units that are missing. What a
@@ -10,6 +10,8 @@ barrier decided about a unit's rows enters the unit's key: where the decision is
 """
 
 import dataclasses
+import itertools
+import posixpath
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,7 +24,7 @@ from ftray.core.fs import digest_bytes, digest_file, digest_json
 from ftray.data.pack import Packed
 from ftray.data.shards import write_shard
 from ftray.data.source import Unit
-from ftray.data.store import LocalStore, Store
+from ftray.data.store import LocalStore, Stamp, Store
 from ftray.data.transform.base import Mask
 from ftray.data.work import Outcome, Plan, Task, work_on
 
@@ -40,16 +42,14 @@ _REMEMBERED = (
     "filtered",
     "changed",
     "quarantined",
-    "shard",
+    "shards",
 )
 
 
 def prepare_unit(plan: Plan, task: Task) -> Outcome:
     """Work on a unit and keep the result under its key. Raises `DataError` as `work_on`."""
-    outcome = work_on(plan, task)
-    if outcome.packed is not None:
-        outcome.shard = save_shard(plan.store, task.key, outcome.packed)
-        outcome.packed = None
+    numbers = itertools.count()
+    outcome = work_on(plan, task, lambda packed: save_shard(plan.store, task.key, next(numbers), packed))
     save_outcome(plan.store, task.key, outcome)
     return outcome
 
@@ -76,12 +76,18 @@ def unit_key(
     return f"shards/{_short(source)}/{_short(name)}"
 
 
-def save_shard(store: Store, key: str, packed: Packed) -> dict[str, Any]:
-    """Write a unit's shard; returns its manifest entry."""
-    with store.writing(f"{key}.arrow") as path:
+def save_shard(store: Store, key: str, number: int, packed: Packed) -> dict[str, Any]:
+    """Write one of a unit's shards; returns its manifest entry."""
+    name = f"{key}.{number}.arrow"
+    with store.writing(name) as path:
         entry = write_shard(packed, path)
         entry["size_bytes"] = path.stat().st_size
-    return {**entry, "file": f"../{key}.arrow"}
+    return {**entry, "file": f"../{name}"}
+
+
+def shard_name(shard: Mapping[str, Any]) -> str:
+    """The name in the store of a shard's file, from its manifest entry."""
+    return posixpath.normpath(f"set/{shard['file']}")
 
 
 def save_outcome(store: Store, key: str, outcome: Outcome) -> None:
@@ -97,8 +103,7 @@ def save_outcome(store: Store, key: str, outcome: Outcome) -> None:
     record["quarantined"] = [
         {name: value for name, value in row.items() if name != "file"} for row in outcome.quarantined
     ]
-    stamp = store.stamp(f"{key}.arrow") if outcome.shard else None
-    store.write_json(f"{key}.json", {**record, "stamp": stamp})
+    store.write_json(f"{key}.json", {**record, "stamps": _stamps(store, outcome.shards)})
 
 
 def load_outcome(store: Store, key: str, unit: Unit, *, final: bool) -> Outcome | None:
@@ -112,16 +117,18 @@ def load_outcome(store: Store, key: str, unit: Unit, *, final: bool) -> Outcome 
     record = store.read_json(f"{key}.json")
     if not isinstance(record, dict):
         return None
-    stamp, shard = record.pop("stamp"), record["shard"]
-    if shard and store.stamp(f"{key}.arrow") != stamp:
-        if not _is_whole(store, f"{key}.arrow", shard["digest"]):
+    known, shards = record.pop("stamps"), record["shards"]
+    now = _stamps(store, shards)
+    for shard, before, stamp in zip(shards, known, now, strict=True):
+        name = shard_name(shard)
+        if stamp != before and not _is_whole(store, name, shard["digest"]):
             warnings.warn(
-                f"{store.folder(key)}.arrow: missing or not what was written; preparing it again",
-                stacklevel=2,
+                f"{store.folder(name)}: missing or not what was written; preparing it again", stacklevel=2
             )
             store.remove(f"{key}.json")
             return None
-        store.write_json(f"{key}.json", {**record, "stamp": store.stamp(f"{key}.arrow")})
+    if now != known:
+        store.write_json(f"{key}.json", {**record, "stamps": now})
     quarantined = [{"file": unit.file, **row} for row in record.pop("quarantined")]
     counters: dict[str, Any] = {name: Counter(record[name]) for name in ("filtered", "changed")}
     return Outcome(unit, **{**record, **counters}, quarantined=quarantined)
@@ -136,6 +143,10 @@ def _load_keys(store: Store, key: str) -> list[bytes] | None:
             return found
     except (pa.ArrowInvalid, OSError):
         return None
+
+
+def _stamps(store: Store, shards: Sequence[Mapping[str, Any]]) -> list[Stamp | None]:
+    return [store.stamp(shard_name(shard)) for shard in shards]
 
 
 def _is_whole(store: Store, name: str, digest: str) -> bool:

@@ -40,9 +40,12 @@ def test_the_shards_are_those_of_one_process(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare_module, "UNIT_BYTES", 9_000)
+    monkeypatch.setattr(prepare_module, "BLOCK_CHARS", 6_000)
     write_corpus(tmp_path)
+    (tmp_path / "part-1.jsonl.gz").write_bytes(gzip.compress((tmp_path / "part-1.jsonl").read_bytes()))
+    (tmp_path / "part-1.jsonl").unlink()
     data = DataConfig(
-        train=[str(tmp_path / "*.jsonl")],
+        train=[str(tmp_path / "*.jsonl*")],
         transforms=["clean", "length", "dedup"],  # type: ignore[list-item]
         max_length=128,
         cache_dir=str(tmp_path / "here"),

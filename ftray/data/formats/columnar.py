@@ -12,6 +12,9 @@ from ftray.data.formats.base import Record, Unit, is_damage, is_url, opened
 from ftray.data.spans import BadRow
 
 _BATCH_ROWS = 1024
+_BATCH_BYTES = 4 << 20
+"""Rows are made into Python objects so many at once, of long ones fewer."""
+_READ_BYTES = 256 << 10
 _ARROW_FILE = b"ARROW1"
 _ERRORS = (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError)
 Sizes = list[int]
@@ -51,11 +54,13 @@ def read_parquet(unit: Unit, columns: frozenset[str]) -> Iterator[Record]:
     with opened(unit.file) as stream:
         first = number = 0
         try:
-            parquet = pq.ParquetFile(stream)
+            # Buffered, a column of a row group is read a little at a time instead of whole.
+            parquet = pq.ParquetFile(stream, buffer_size=_READ_BYTES)
             groups = range(*(unit.parts or (0, parquet.metadata.num_row_groups)))
             first = sum(parquet.metadata.row_group(index).num_rows for index in range(groups.start))
             names = _chosen(parquet.schema_arrow.names, columns)
-            for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=list(groups), columns=names):
+            rows = min((_batch_rows(parquet.metadata.row_group(index)) for index in groups), default=1)
+            for batch in parquet.iter_batches(rows, row_groups=list(groups), columns=names):
                 for value in _values(batch):
                     yield Record(first + number, number, value)
                     number += 1
@@ -77,13 +82,26 @@ def read_arrow(unit: Unit, columns: frozenset[str]) -> Iterator[Record]:
                     continue
                 if stop is not None and index >= stop:
                     return
-                for value in _values(batch.select(_chosen(batch.schema.names, columns))):
-                    yield Record(first + number, number, value)
-                    number += 1
+                for part in _slices(batch.select(_chosen(batch.schema.names, columns))):
+                    for value in _values(part):
+                        yield Record(first + number, number, value)
+                        number += 1
     except _ERRORS as error:
         if not is_damage(error):
             raise
         yield _lost(first, number, "the Arrow file is truncated or damaged")
+
+
+def _batch_rows(group: Any) -> int:
+    """Rows of a Parquet row group to read at once."""
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
+
+
+def _slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Views of a batch, which may hold any number of rows."""
+    rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
+    for start in range(0, batch.num_rows, rows):
+        yield batch.slice(start, rows)
 
 
 @contextmanager

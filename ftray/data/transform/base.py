@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ftray import catalog
+from ftray.core.errors import DataError
 
 Mask = npt.NDArray[np.bool_]
 """True where a row stays."""
@@ -68,6 +69,25 @@ class RunningBarrier(Barrier, Protocol):
         """Decisions that begin anew; asked about all work units once, in their order, some at a time."""
 
 
+class Decision:
+    """A barrier's mask of a work unit, which is taken up as the unit's rows come.
+
+    Args:
+        mask: for each row of the unit that reaches the barrier.
+    """
+
+    def __init__(self, mask: Mask) -> None:
+        self._mask, self._taken = mask, 0
+
+    def take(self, count: int) -> Mask:
+        """The decision about the next rows. Raises `DataError` if there are more than when it was made."""
+        found = self._mask[self._taken : self._taken + count]
+        if len(found) != count:
+            raise DataError("data: a source file changed while it was being prepared; start again")
+        self._taken += count
+        return found
+
+
 @dataclass
 class Transformed:
     """Rows after the transforms."""
@@ -82,17 +102,18 @@ class Transformed:
 
 
 def apply_transforms(
-    rows: pa.Table, transforms: Sequence[RowTransform | Barrier], masks: Sequence[Mask]
+    rows: pa.Table, transforms: Sequence[RowTransform | Barrier], decisions: Sequence[Decision]
 ) -> Transformed:
-    """Apply transforms in order; `masks` are the decisions of the barriers among them, as far as known."""
-    result, decisions = Transformed(rows), iter(masks)
+    """Apply transforms in order; `decisions` are those of the barriers among them, as far as known."""
+    result, known = Transformed(rows), iter(decisions)
     for transform in transforms:
         name = catalog.name_of(type(transform)) or type(transform).__name__
         if isinstance(transform, Barrier):
-            mask = next(decisions, None)
-            if mask is None:
+            decision = next(known, None)
+            if decision is None:
                 result.keys = transform.keys(result.rows)
                 return result
+            mask = decision.take(result.rows.num_rows)
             applied = Applied(
                 result.rows.filter(pa.array(mask)), Counter({transform.rule: int((~mask).sum())})
             )

@@ -9,7 +9,7 @@ from ftray.config.recipe import DataConfig
 from ftray.core.errors import ConfigError
 from ftray.core.spec import parse
 from ftray.data.rows import Row, Span, span_texts, to_table
-from ftray.data.transform.base import apply_transforms
+from ftray.data.transform.base import Decision, apply_transforms
 from ftray.data.transform.clean import Clean
 from ftray.data.transform.dedup import ExactDedup
 from ftray.data.transform.language import Language
@@ -116,7 +116,7 @@ def test_barriers_stop_until_they_are_decided() -> None:
     rows = table("x", "aa", "AA", "bbbb")
     waiting = apply_transforms(rows, steps, [])
     assert waiting.keys is not None and len(waiting.keys) == 3
-    done = apply_transforms(rows, steps, [np.array([True, False, True])])
+    done = apply_transforms(rows, steps, [Decision(np.array([True, False, True]))])
     assert done.keys is None
     assert span_texts(done.rows).to_pylist() == ["aa"]
     assert done.filtered == {"length.short": 1, "dedup.duplicate": 1, "length.long": 1}
