@@ -49,11 +49,14 @@ def extensions_dir() -> Path:
     if named := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(named)
     import torch
-    from torch.utils.cpp_extension import get_default_build_root
+    from torch._appdirs import user_cache_dir  # not through cpp_extension, which imports setuptools
 
     version = torch.version.cuda
     build = "cpu" if version is None else f"cu{version.replace('.', '')}"
-    return Path(get_default_build_root()) / f"py{sys.version_info.major}{sys.version_info.minor}_{build}"
+    return (
+        Path(user_cache_dir(appname="torch_extensions")).resolve()
+        / f"py{sys.version_info.major}{sys.version_info.minor}_{build}"
+    )
 
 
 def is_built(op: str) -> bool:
