@@ -3,8 +3,8 @@
 The run then ends its step on every rank, commits a checkpoint and goes; `--resume` continues with no step lost.
 """
 
+import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -58,7 +58,5 @@ class Stop:
         if self._reason is not None:
             raise KeyboardInterrupt
         self._reason, self.signum = signal.Signals(signum).name, signum
-        print(
-            f"{self._reason}: this step is ended and a checkpoint written; once more: end now",
-            file=sys.stderr,
-        )
+        told = f"{self._reason}: this step is ended and a checkpoint written; once more: end now\n"
+        os.write(2, told.encode())  # not `print`, which may be what the signal interrupted

@@ -41,7 +41,7 @@ class Signals(LocalIO):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_after_its_step(
-    make_recipe: MakeRecipe, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+    make_recipe: MakeRecipe, number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     whole, recipe = make_recipe("whole"), make_recipe("run", train__save_steps=100)
     train(whole, LocalIO(Path(whole.output_dir) / "whole"))
@@ -50,7 +50,7 @@ def test_a_signal_ends_a_run_after_its_step(
     with pytest.raises(RunStopped, match=rf"stopped after step 4 \({number.name}\).*`--resume`") as stopped:
         train(recipe, Signals(folder, number, 3))
     assert stopped.value.signum == number and signal.getsignal(number) == before
-    assert "this step is ended and a checkpoint written" in capsys.readouterr().err
+    assert "this step is ended and a checkpoint written" in capfd.readouterr().err
     assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-00000004"]
     assert launch(recipe, resume=True).step == 6
     assert losses(folder) == losses(Path(whole.output_dir) / "whole"), "no step lost, none twice"
