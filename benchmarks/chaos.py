@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks import recorded
+from benchmarks import chaos_tune, recorded
 from ftray.config.load import write_resolved
 from ftray.config.recipe import Recipe
 from ftray.core.errors import FtrayError
@@ -33,7 +33,7 @@ from ftray.core.spec import parse
 from ftray.train.checkpoint import read_manifest
 from ftray.train.track.jsonl import read_records
 
-STEPS, SAVE_STEPS, BATCH = 40, 5, 8
+STEPS, SAVE_STEPS, BATCH = 40, 6, 4
 KINDS = ("worker", "driver", "raylet", "controller", "hang", "sigterm_driver", "sigterm_worker")
 ORDERLY = ("sigterm_driver", "sigterm_worker")
 """Kinds that leave time to commit: no step may be done twice."""
@@ -88,7 +88,7 @@ class Campaign:
     def disturbed(self, number: int, kind: str) -> Outcome:
         """One run, disturbed once, resumed until it is done."""
         recipe = self.recipe(f"{number:03d}-{kind.replace('_', '-')}")
-        outcome = Outcome(kind, self.draw.randrange(SAVE_STEPS + 1, STEPS - 8))
+        outcome = Outcome(kind, self.draw.randrange(SAVE_STEPS, STEPS - 2 * SAVE_STEPS))
         started = time.monotonic()
         process = self.start(recipe)
         done = False
@@ -138,7 +138,7 @@ class Campaign:
                     "cache_dir": str(self.folder / "cache"),
                 },
                 "adapt": {"type": "lora", "r": 4},
-                "objective": {"type": "benchmarks.recorded:Objective", "pause_s": 0.05},
+                "objective": {"type": "benchmarks.recorded:Objective", "pause_s": 0.2},
                 "optim": {"type": "benchmarks.recorded:Optimizer", "learning_rate": 1e-2, "path": str(ids)},
                 "lr_scheduler": "linear",
                 "strategy": {"type": "ddp", "num_workers": 2, "cpus_per_worker": 0.5},
@@ -176,7 +176,7 @@ class Campaign:
 
     def disturb(self, kind: str, name: str, process: subprocess.Popen[bytes]) -> None:
         """Do what the kind says."""
-        time.sleep(self.draw.random() * 0.4)  # anywhere in a step or a commit
+        time.sleep(self.draw.random() * 0.5)  # anywhere in a step or a commit
         if kind.endswith("driver"):
             pid = process.pid
         elif kind in ("raylet", "controller"):
@@ -258,7 +258,9 @@ def summary(outcomes: list[Outcome], minutes: float, seed: int) -> dict[str, Any
 def main() -> None:
     """Run the campaign."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--train", action="store_true", required=True, help="disturb training runs")
+    disturbed = parser.add_mutually_exclusive_group(required=True)
+    disturbed.add_argument("--train", action="store_true", help="disturb training runs")
+    disturbed.add_argument("--tune", action="store_true", help="disturb searches")
     parser.add_argument("--minutes", type=float, default=10.0, help="start no further run after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
@@ -269,6 +271,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     started, outcomes = time.monotonic(), []
     try:
+        if arguments.tune:
+            print(json.dumps(chaos_tune.campaign(folder, arguments.minutes, arguments.seed, arguments.json)))
+            return
         campaign = Campaign(folder, arguments.seed)
         campaign.reference()
         kinds = iter(arguments.kinds * 10_000)

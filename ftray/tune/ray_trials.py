@@ -19,19 +19,19 @@ from ray import tune
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from ftray.cluster.ray_session import session
-from ftray.config.load import load, write_resolved
+from ftray.config.load import load
 from ftray.config.recipe import Recipe
 from ftray.config.tune import TRAIN_FN, TuneConfig
-from ftray.core.errors import ConfigError, TuneError
+from ftray.core.errors import TuneError
 from ftray.core.spec import parse
 from ftray.core.types import Progress, no_progress
 from ftray.data.ray_prepare import prepare
 from ftray.tune.engine import Engine, OnRecord, Segment
+from ftray.tune.local import open_search, take
 from ftray.tune.members import JOURNAL
 from ftray.tune.plots import plot
 from ftray.tune.result import TuneResult, summarise, write_result
-from ftray.tune.segment import Job, Outcome, in_steps, load_function, run_segment, segment_recipe
-from ftray.tune.space import Space
+from ftray.tune.segment import Job, Outcome, run_segment
 from ftray.tune.stall import StallWatch
 
 _ENVIRONMENT = {
@@ -73,41 +73,20 @@ def run(
     if not resume and (folder / JOURNAL).exists():
         raise TuneError(f"{folder}: holds a search already; go on with --resume, or choose another name")
     recipe = load(Recipe, config.recipe, config.overrides)
-    config = in_steps(config, recipe)
-    plain = segment_recipe(
-        recipe,
-        config.num_segments * config.segment_steps,
-        evaluates=config.segment_evaluations is not None,
-        spread=config.spread,
-    )
-    Space(config.space, config.constraints, plain).check(parse(Recipe, plain))
-    _check_metric(config, recipe)
-    load_function(config.train_fn)
-    engine = Engine(folder, config, plain, on_record)
+    engine, job = open_search(config, recipe, on_record)
     try:
-        write_resolved(config, folder / "tune.yaml")
-        write_resolved(recipe, folder / "recipe.yaml")
-        job = Job(str(folder), plain, config.train_fn, config.metric, str(Path.cwd()))
         if not engine.done:
             with session(), _environment():
                 if config.train_fn == TRAIN_FN:
                     # Once for all members, on the cluster; their own preparation then finds it done.
                     _prepare(recipe, on_prepare)
                 _fit(engine, job)
-        result = summarise(config, folder, engine.journal.records, time.perf_counter() - started)
+        result = summarise(engine.config, folder, engine.journal.records, time.perf_counter() - started)
     finally:
         engine.close()
     write_result(result, folder)
     plot(engine.journal.records, folder / "tune.png", config.metric)
     return result
-
-
-def _check_metric(config: TuneConfig, recipe: Recipe) -> None:
-    """Refuse a validation metric of a recipe without validation rows, before anything is trained."""
-    if config.train_fn == TRAIN_FN and config.metric.startswith("eval_") and not recipe.data.validation:
-        raise ConfigError(
-            f"metric: {config.metric!r} is never reported; the recipe {config.recipe} has no `data.validation`"
-        )
 
 
 def _prepare(recipe: Recipe, progress: Progress) -> None:
@@ -209,25 +188,10 @@ class SegmentSearcher(Searcher):
             if error or not result or "outcome" not in result:
                 self.engine.failed(segment, "the worker process died", retry=True)
             else:
-                self._take(segment, Outcome(**json.loads(result["outcome"])))
+                take(self.engine, segment, Outcome(**json.loads(result["outcome"])))
             self._collect()
         except BaseException as raised:
             self.error = raised
-
-    def _take(self, segment: Segment, outcome: Outcome) -> None:
-        if outcome.fatal:
-            raise TuneError(outcome.error)
-        if outcome.score is None:
-            self.engine.failed(segment, outcome.error, retry=outcome.retry)
-        else:
-            self.engine.finished(
-                segment,
-                outcome.score,
-                outcome.metrics or {},
-                outcome.seconds,
-                outcome.cpu_s,
-                outcome.tokens,
-            )
 
     def end_stall(self) -> None:
         """Raise `TuneError` if nothing has moved for too long."""

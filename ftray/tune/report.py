@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ftray.config.load import load, write_resolved
 from ftray.config.recipe import Recipe
@@ -17,6 +16,7 @@ from ftray.tune.plots import plot, plot_curves, plot_lineage, plot_parallel
 from ftray.tune.population import replay
 from ftray.tune.result import RESULT, TuneResult, summarise, write_result
 from ftray.tune.space import apply
+from ftray.tune.track import track
 
 FOLDER = "report"
 BEST = "best.yaml"
@@ -33,6 +33,8 @@ class Report:
 
 def report(folder: Path) -> Report:
     """Write everything a person wants to see of a search into `folder/report`.
+
+    Also sends each member's curve to TensorBoard there (`members/`), and wherever the recipe's `tracking` says.
 
     Args:
         folder: the search's folder; the search may be under way.
@@ -52,22 +54,22 @@ def report(folder: Path) -> Report:
     plot_lineage(records, out / "lineage.png", config.mode)
     plot_curves(views, out / "curves.png")
     plot_parallel(records, out / "parallel.png", config.metric, config.mode)
+    recipe = load(Recipe, folder / "recipe.yaml", [])
+    track(views, recipe, config.name, out / "members")
     opened = replay(records).opened
     assert opened is not None
-    write_resolved(best_recipe(folder, found, opened["recipe"]), out / BEST)
+    write_resolved(best_recipe(recipe, found, opened["recipe"]["train"]["max_steps"]), out / BEST)
     write_result(found, out)
     return Report(found, views, sorted(path for path in out.iterdir() if path.is_file()))
 
 
-def best_recipe(folder: Path, result: TuneResult, searched: dict[str, Any]) -> Recipe:
-    """The user's recipe with the winner's last configuration, as long as the search trained each member.
+def best_recipe(recipe: Recipe, result: TuneResult, num_steps: int) -> Recipe:
+    """The user's recipe with the winner's last configuration, as many steps long as the search's members.
 
     A schedule that changed on the way is repeated by `ftray tune replay`, not by this recipe.
     """
-    recipe: Recipe = apply(load(Recipe, folder / "recipe.yaml", []), result.config)
-    data = dump(recipe)
-    steps = searched["train"]["max_steps"]
-    data["train"] |= {"max_steps": steps, "num_train_epochs": None, "max_time_s": None}
+    data = dump(apply(recipe, result.config))
+    data["train"] |= {"max_steps": num_steps, "num_train_epochs": None, "max_time_s": None}
     name = f"{result.name}-best"
     data["name"] = name if NAME_PATTERN.fullmatch(name) else "best"
     return parse(Recipe, data)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 _LOOK_EVERY_S = 1.0
-_SIGNS = ("metrics.jsonl", "progress/rank-*.json", "segment.json")
+_SIGNS = (".lock", "metrics.jsonl", "progress/rank-*.json", "segment.json")
 
 
 class StallWatch:

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ftray.cli.main import main
 from ftray.config.load import load, write_resolved
@@ -13,11 +14,10 @@ from ftray.config.tune import TuneConfig
 from ftray.core.errors import TuneError
 from ftray.core.spec import parse
 from ftray.registry.local import Registry
-from ftray.tune.engine import Engine
+from ftray.tune.local import run_local
 from ftray.tune.members import members
 from ftray.tune.replay import replay_schedule
 from ftray.tune.report import report
-from ftray.tune.segment import Job, run_segment, segment_recipe
 
 
 @pytest.fixture
@@ -26,28 +26,16 @@ def searched(make_recipe, tmp_path):
     recipe = make_recipe("tiny")
     settings = {
         "name": "search",
+        "output_dir": str(tmp_path),
         "recipe": "recipe.yaml",
         "space": {"optim.learning_rate": {"loguniform": [1e-3, 3e-2]}, "adapt.r": {"choice": [2, 4]}},
         "num_members": 2,
         "num_segments": 2,
         "segment_steps": 3,
     }
-    config = parse(TuneConfig, settings)
-    folder = tmp_path / "search"
-    plain = segment_recipe(recipe, 6)
-    job = Job(str(folder), plain, config.train_fn, config.metric, str(tmp_path))
-    engine = Engine(folder, config, plain)
-    while (segment := engine.next_segment()) is not None:
-        outcome = run_segment(job, segment)
-        assert outcome.error == "" and outcome.tokens > 0 and outcome.cpu_s > 0
-        engine.finished(
-            segment, outcome.score, outcome.metrics, outcome.seconds, outcome.cpu_s, outcome.tokens
-        )
-    assert engine.done
-    engine.close()
-    write_resolved(config, folder / "tune.yaml")
-    write_resolved(recipe, folder / "recipe.yaml")
-    return folder
+    result = run_local(parse(TuneConfig, settings), recipe)
+    assert result.cost.tokens > 0 and result.cost.cpu_s > 0
+    return result.folder
 
 
 def test_the_winner_alone_its_curve_its_report_and_its_lineage(searched, tmp_path, capsys):
@@ -67,6 +55,9 @@ def test_the_winner_alone_its_curve_its_report_and_its_lineage(searched, tmp_pat
     pictures = {"lineage.png", "schedules.png", "curves.png", "parallel.png"}
     assert names == pictures | {"best.yaml", "tune_result.json"}
     assert all((searched / "report" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    events = EventAccumulator(str(searched / "report" / "members" / f"m{winner.member:03}" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("grad_norm")] == list(range(1, 7))
     best = load(Recipe, searched / "report" / "best.yaml", [])
     assert best.train.max_steps == 6 and best.name == "search-best"
     assert best.optim.learning_rate == winner.config["optim.learning_rate"]

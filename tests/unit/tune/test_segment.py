@@ -170,3 +170,15 @@ def test_what_a_segment_took_is_its_own_part(job):
     first = run_segment(job, SEGMENT)
     after = replace(SEGMENT, name="m001-s001-def", member=1, segment=1, checkpoint=SEGMENT.name, stop_at=8)
     assert (first.tokens, run_segment(job, after).tokens) == (40, 40)
+
+
+def test_a_value_that_other_pieces_forbid_is_told_before_anything_runs(recipe):
+    sharded = spec_replace(recipe, "strategy", {"type": "fsdp", "num_workers": 2})
+    sharded = spec_replace(sharded, "adapt", "full")
+    space = Space({"optim": {"choice": ["adamw", "muon"]}})
+    space.check(parse(Recipe, segment_recipe(sharded, 8)))
+    with pytest.raises(ConfigError) as caught:
+        space.check(parse(Recipe, segment_recipe(sharded, 8, spread=True)))
+    message = str(caught.value)
+    assert message.startswith("space.optim: ") and "`muon`" in message and "`fsdp`" in message
+    assert "\n" not in message

@@ -1,0 +1,257 @@
+"""`python -m benchmarks.chaos --tune`: searches whose processes are killed, and what became of them.
+
+Each search is the real command (`ftray tune`) on a cluster of its own, training a toy of milliseconds a step. When
+its journal has grown to a random length, one of its processes is killed, several times in a row; the command is
+given again with `--resume` until it succeeds. The outcome is compared with that of a search nobody disturbed.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from ftray.core.errors import FtrayError
+from ftray.core.fs import read_json
+from ftray.tune.journal import Record, read
+from ftray.tune.population import Population, replay
+
+KINDS = ("driver", "trial", "raylet", "driver")
+MEMBERS, SEGMENTS, STEPS = 4, 4, 5
+_KILLS = 3
+_ATTEMPTS = 8
+_WAIT_S = 150.0
+_SPACE = {"optim.learning_rate": {"loguniform": [1e-3, 0.3]}, "adapt.r": {"choice": [2, 4, 8]}}
+_RECIPE = {
+    "name": "toy",
+    "model": {"init": "config", "config": {"model_type": "llama"}},
+    "adapt": "lora",
+    "objective": "sft",
+    "optim": "adamw",
+    "lr_scheduler": "constant",
+    "strategy": "single",
+    "train": {"max_steps": 1},
+}
+
+
+@dataclass
+class Outcome:
+    """What became of one disturbed search."""
+
+    kinds: list[str]
+    finished: bool = False
+    attempts: int = 0
+    stalls: int = 0
+    """Attempts that neither ended nor wrote anything in time."""
+    same_lineage: bool = False
+    """Members, checkpoints, configurations, scores and lineage are those of the undisturbed search."""
+    journal_kept: bool = True
+    """No later driver changed what an earlier one had recorded."""
+    trials_lost: int = 0
+    """Segments of the undisturbed search that were never finished."""
+    references_missing: int = 0
+    """Checkpoints that something referred to after a kill and that were not there."""
+    repeated_steps: int = 0
+    """Most steps done again for one kill."""
+    wall_s: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+class Campaign:
+    """Searches in one folder, each disturbed several times.
+
+    Args:
+        folder: where everything lies.
+        seed: decides kinds and moments.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.draw = folder, random.Random(seed)
+        self.members: list[dict[str, Any]] = []
+
+    def reference(self) -> None:
+        """The search nobody disturbs."""
+        process = self.start("reference")
+        if process.wait(_WAIT_S) != 0:
+            raise RuntimeError("the reference search failed")
+        self.members = state(replay(self.records("reference")))
+
+    def disturbed(self, number: int, kind: str) -> Outcome:
+        """One search, disturbed by one kind first and by drawn ones after, resumed until it is done."""
+        name = f"search-{number:03d}"
+        outcome = Outcome([kind, *self.draw.choices(KINDS, k=_KILLS - 1)])
+        kinds = iter(outcome.kinds)
+        total = len(self.records("reference"))
+        started, left = time.monotonic(), list[list[Record]]()
+        process = self.start(name)
+        for outcome.attempts in range(1, _ATTEMPTS + 1):
+            at = len(self.records(name)) + self.draw.randrange(1, max(2, total // (_KILLS + 1)))
+            if (now := next(kinds, None)) and self.wait_for(name, at, process):
+                self.disturb(now, process, outcome)
+            try:
+                code = process.wait(_WAIT_S)
+            except subprocess.TimeoutExpired:
+                outcome.stalls += 1
+                end(process)
+                code = -1
+            outcome.references_missing += self.missing(name)
+            left.append(self.records(name))
+            if code == 0:
+                outcome.finished = True
+                break
+            end(process)
+            process = self.start(name, "--resume")
+        end(process)
+        outcome.wall_s = round(time.monotonic() - started, 1)
+        self.judge(name, outcome, left)
+        return outcome
+
+    def judge(self, name: str, outcome: Outcome, left: list[list[Record]]) -> None:
+        """Compare with the reference, and with what each driver left."""
+        records = self.records(name)
+        outcome.journal_kept = all(records[: len(earlier)] == earlier for earlier in left)
+        outcome.same_lineage = state(replay(records)) == self.members
+        done = {(r["member"], r["segment"]) for r in records if r["kind"] in ("commit", "fail")}
+        expected = {(m, s) for m in range(MEMBERS) for s in range(SEGMENTS)}
+        outcome.trials_lost = len(expected - done)
+        outcome.repeated_steps = self.num_steps(name) - MEMBERS * SEGMENTS * STEPS
+
+    def start(self, name: str, *flags: str) -> subprocess.Popen[bytes]:
+        """`ftray tune`, its output in a file."""
+        home = self.folder / name
+        home.mkdir(exist_ok=True)
+        (home / "toy.json").write_text(json.dumps({"sleep_s": 0.08}))
+        recipe = {**_RECIPE, "data": {"train": str(home / "toy.json")}}
+        (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        search = {
+            "name": "search",
+            "output_dir": str(home),
+            "recipe": str(home / "recipe.yaml"),
+            "space": _SPACE,
+            "num_members": MEMBERS,
+            "num_segments": SEGMENTS,
+            "segment_steps": STEPS,
+            "max_failures": 3,
+            "stall_s": 60.0,
+            "train_fn": "ftray.testing.toy_train:train",
+        }
+        (home / "tune.yaml").write_text(yaml.safe_dump(search))
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "ftray.cli.main", "tune", str(home / "tune.yaml"), *flags]
+        with (home / "log").open("ab") as log:
+            return subprocess.Popen(
+                command, env=environment, cwd=home, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def wait_for(self, name: str, num_records: int, process: subprocess.Popen[bytes]) -> bool:
+        """True when the journal is so long, False if the search ended before."""
+        deadline = time.monotonic() + _WAIT_S
+        while len(self.records(name)) < num_records:
+            if process.poll() is not None or time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def disturb(self, kind: str, process: subprocess.Popen[bytes], outcome: Outcome) -> None:
+        """Kill one process of a search, anywhere in a segment or a commit."""
+        time.sleep(self.draw.random() * 0.4)
+        found = [process.pid] if kind == "driver" else list(self.pids(kind, process))
+        if not found:
+            outcome.notes.append(f"no {kind} to kill")
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.draw.choice(found), signal.SIGKILL)
+
+    def pids(self, kind: str, process: subprocess.Popen[bytes]) -> Iterator[int]:
+        """The processes of one kind below a search."""
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    command = (child.cmdline() or [""])[0]
+                    if ("raylet/raylet" in command) if kind == "raylet" else ("ImplicitFunc" in command):
+                        yield child.pid
+
+    def records(self, name: str) -> list[Record]:
+        """The journal as it stands."""
+        try:
+            return read(self.folder / name / "search" / "journal.jsonl")
+        except FtrayError:
+            return []
+
+    def num_steps(self, name: str) -> int:
+        """Steps done so far, repeated ones included."""
+        log = self.folder / name / "toy.log"
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    def missing(self, name: str) -> int:
+        """Checkpoints that members go on from and that are not there."""
+        segments = self.folder / name / "search" / "segments"
+        found = 0
+        for member in replay(self.records(name)).alive:
+            if member.checkpoint is not None:
+                result = read_json(segments / member.checkpoint / "segment.json")
+                found += not (segments / member.checkpoint / result["checkpoint"] / "state.json").is_file()
+        return found
+
+
+def state(population: Population) -> list[dict[str, Any]]:
+    """What must not depend on kills."""
+    keys = ("index", "config", "segment", "checkpoint", "score", "alive", "lineage")
+    return [{key: getattr(member, key) for key in keys} for member in population.members]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a search and what it left of its cluster: its session of processes."""
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def summary(outcomes: list[Outcome], minutes: float, seed: int) -> dict[str, Any]:
+    """The line that is printed last."""
+    return {
+        "benchmark": "chaos-tune",
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "minutes": minutes,
+        "seed": seed,
+        "searches": len(outcomes),
+        "searches_finished": sum(outcome.finished for outcome in outcomes),
+        "kills": dict(collections.Counter(kind for outcome in outcomes for kind in outcome.kinds)),
+        "lineage_as_undisturbed": sum(outcome.same_lineage for outcome in outcomes),
+        "journals_kept": sum(outcome.journal_kept for outcome in outcomes),
+        "trials_lost": sum(outcome.trials_lost for outcome in outcomes),
+        "referenced_checkpoints_missing": sum(outcome.references_missing for outcome in outcomes),
+        "stalls": sum(outcome.stalls for outcome in outcomes),
+        "largest_repeated_steps": max((outcome.repeated_steps for outcome in outcomes), default=0),
+        "repeatable_steps": _KILLS * 2 * STEPS,
+        "outcomes": [vars(outcome) for outcome in outcomes],
+    }
+
+
+def campaign(folder: Path, minutes: float, seed: int, quiet: bool) -> dict[str, Any]:
+    """Disturb searches until the time is over; the summary."""
+    started, outcomes = time.monotonic(), []
+    searches = Campaign(folder, seed)
+    searches.reference()
+    kinds = iter(KINDS * 10_000)
+    while time.monotonic() - started < minutes * 60:
+        outcomes.append(searches.disturbed(len(outcomes), next(kinds)))
+        if not quiet:
+            print(vars(outcomes[-1]), flush=True)
+    return summary(outcomes, minutes, seed)

@@ -1,0 +1,82 @@
+"""A search without Ray: its segments one after the other in this process, for a notebook, a test, a benchmark."""
+
+from pathlib import Path
+
+from ftray.config.load import write_resolved
+from ftray.config.recipe import Recipe
+from ftray.config.tune import TRAIN_FN, TuneConfig
+from ftray.core.errors import ConfigError, TuneError
+from ftray.core.spec import parse
+from ftray.tune.engine import Engine, OnRecord, Segment
+from ftray.tune.result import TuneResult, summarise, write_result
+from ftray.tune.segment import Job, Outcome, in_steps, load_function, run_segment, segment_recipe
+from ftray.tune.space import Space
+
+
+def open_search(
+    config: TuneConfig, recipe: Recipe, on_record: OnRecord = lambda record: None
+) -> tuple[Engine, Job]:
+    """Check a search against its recipe and open its journal.
+
+    Returns:
+        The engine, which is the caller's to close, and what all its segments have in common.
+
+    Raises:
+        ConfigError: for a space, a metric or a setting that does not fit the recipe.
+        TuneError: if the journal is damaged, held by another driver, or belongs to another search.
+    """
+    config = in_steps(config, recipe)
+    plain = segment_recipe(
+        recipe,
+        config.num_segments * config.segment_steps,
+        evaluates=config.segment_evaluations is not None,
+        spread=config.spread,
+    )
+    Space(config.space, config.constraints, plain).check(parse(Recipe, plain))
+    check_metric(config, recipe)
+    load_function(config.train_fn)
+    folder = Path(config.output_dir).absolute() / config.name
+    engine = Engine(folder, config, plain, on_record)
+    try:
+        write_resolved(config, folder / "tune.yaml")
+        write_resolved(recipe, folder / "recipe.yaml")
+    except BaseException:
+        engine.close()
+        raise
+    return engine, Job(str(folder), plain, config.train_fn, config.metric, str(Path.cwd()))
+
+
+def check_metric(config: TuneConfig, recipe: Recipe) -> None:
+    """Refuse a validation metric of a recipe without validation rows, before anything is trained."""
+    if config.train_fn == TRAIN_FN and config.metric.startswith("eval_") and not recipe.data.validation:
+        raise ConfigError(
+            f"metric: {config.metric!r} is never reported; the recipe {config.recipe} has no `data.validation`"
+        )
+
+
+def take(engine: Engine, segment: Segment, outcome: Outcome) -> None:
+    """Give the engine what came of a segment; raises `TuneError` for what must end the search."""
+    if outcome.fatal:
+        raise TuneError(outcome.error)
+    if outcome.score is None:
+        engine.failed(segment, outcome.error, retry=outcome.retry)
+        return
+    engine.finished(
+        segment, outcome.score, outcome.metrics or {}, outcome.seconds, outcome.cpu_s, outcome.tokens
+    )
+
+
+def run_local(config: TuneConfig, recipe: Recipe) -> TuneResult:
+    """Search, or go on with a search; raises as `open_search`, and `TuneError` if every member fails."""
+    engine, job = open_search(config, recipe)
+    try:
+        seconds = 0.0
+        while (segment := engine.next_segment()) is not None:
+            outcome = run_segment(job, segment)
+            take(engine, segment, outcome)
+            seconds += outcome.seconds
+        result = summarise(engine.config, Path(job.folder), engine.journal.records, seconds)
+    finally:
+        engine.close()
+    write_result(result, result.folder)
+    return result
