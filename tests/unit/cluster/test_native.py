@@ -48,6 +48,7 @@ def test_a_build_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a compiler on a busy machine
 def test_what_is_built_ahead_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert not native.is_built("cpu_adam")
