@@ -147,11 +147,12 @@ def test_when_all_fail_or_the_metric_is_never_reported_the_search_says_so(ray_cl
     assert read(tmp_path / "metric" / "runs" / "search" / "journal.jsonl")[0]["kind"] == "open"
 
 
+@pytest.mark.slow
 def test_a_search_that_stands_still_is_ended_and_can_go_on(ray_cluster, tmp_path):
     started = time.monotonic()
-    with pytest.raises(TuneError, match=r"no progress for 6 s, m001-s001-\w+ without a sign of life"):
-        search(tmp_path, {"hang": ["m001-s001"]}, stall_s=6.0)
-    assert time.monotonic() - started < 40
+    with pytest.raises(TuneError, match=r"no progress for 20 s, m001-s001-\w+ without a sign of life"):
+        search(tmp_path, {"hang": ["m001-s001"]}, stall_s=20.0)
+    assert time.monotonic() - started < 90
     before = read(tmp_path / "runs" / "search" / "journal.jsonl")
     result = search(tmp_path, resume=True)
     assert result.num_drivers == 2 and read(result.journal)[: len(before)] == before
