@@ -101,7 +101,8 @@ def show(
 ) -> None:
     """Print documents token by token: green is learnt (yellow: with another weight than 1), dim is context.
 
-    Tokens take turns in brightness; special tokens are underlined. Without colours, what is learnt is put in ⟦ ⟧.
+    Read-time transforms are drawn as in the first epoch. Tokens take turns in brightness; special tokens are
+    underlined. Without colours, what is learnt is put in ⟦ ⟧.
     """
     from itertools import islice
 
@@ -111,14 +112,17 @@ def show(
     from ftray.data.prepare import prepare_local
     from ftray.data.read import Shards
     from ftray.data.tokenise import tokeniser
+    from ftray.data.transform.read_time import ReadTime
 
     spec = _load(recipe, overrides)
     with bar("prepare") as progress:
         folder = prepare_local(
             spec.data, spec.model.tokenizer, "validation" if validation else "train", progress
         )
-    tok = tokeniser(spec.model.tokenizer)
-    for document in islice(documents(Shards(folder)), rows):
+    tok, shards = tokeniser(spec.model.tokenizer), Shards(folder)
+    pairs = bool(shards.manifest["pairs"])
+    read = ReadTime(spec.data.read_transforms, spec.seed, pairs=pairs, validation=validation)
+    for document in islice(documents(shards, read), rows):
         title = f"{document.side}: " if document.side else ""
         out.rule(f"{title}{len(document.token_ids)} tokens, {sum(document.is_target)} targets", align="left")
         out.print(shown(document, tok, marks=out.color_system is None), soft_wrap=True)

@@ -11,6 +11,7 @@ import json
 import os
 import posixpath
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,10 @@ READER = "reader.json"
 
 
 PREPARING = "preparing.json"
-"""Who prepares the data set; not there when nobody does."""
+"""Who prepares the data set, and when this was said last; not there when nobody does."""
+STALE_S = 2 * 3600.0
+"""Who has not said so for this long prepares it no more."""
+_TELL_EVERY_S = 600.0
 USED = "used.json"
 """When it was used last, and by which runs."""
 
@@ -72,12 +76,28 @@ class Dataset:
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
-        """Says for the time of a block that the data set is being prepared."""
-        told = {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time()}
-        self.store.write_json(f"{self.name}/{PREPARING}", told)
+        """Says for the time of a block that the data set is being prepared, and now and then that it still is."""
+        done = threading.Event()
+
+        def tell() -> None:
+            self.store.write_json(
+                f"{self.name}/{PREPARING}",
+                {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time()},
+            )
+
+        def go_on_telling() -> None:
+            while not done.wait(_TELL_EVERY_S):
+                with contextlib.suppress(DataError, OSError):  # what stops the preparation tells better
+                    tell()
+
+        tell()
+        thread = threading.Thread(target=go_on_telling, name="ftray-preparing", daemon=True)
+        thread.start()
         try:
             yield
         finally:
+            done.set()
+            thread.join()
             self.store.remove(f"{self.name}/{PREPARING}")
 
     def forget(self) -> None:

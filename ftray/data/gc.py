@@ -17,7 +17,7 @@ from typing import Any
 
 from ftray.core.errors import DataError, FtrayError
 from ftray.core.fs import read_json
-from ftray.data.dataset import PREPARING, USED
+from ftray.data.dataset import PREPARING, STALE_S, USED
 from ftray.data.read import MANIFEST, record_of
 from ftray.data.store import Folder, is_url
 
@@ -107,7 +107,7 @@ def _record(path: Path) -> Path:
 def _running(path: Path) -> str | None:
     """Who prepares a data set, or None; what a process left behind that is no more does not count."""
     told = _json(path)
-    if told is None:
+    if told is None or time.time() - told["at"] > STALE_S:
         return None
     if told["host"] != socket.gethostname():
         return f"on {told['host']}, process {told['pid']}"

@@ -11,6 +11,7 @@ from ftray.data.pairs import SIDES
 from ftray.data.read import IGNORE_INDEX, Shards
 from ftray.data.rows import BadRow
 from ftray.data.source import Records, SampleBy, find_sources, parse_record, split_units
+from ftray.data.transform.read_time import ReadTime
 
 
 @dataclass
@@ -91,10 +92,15 @@ class Document:
     """`chosen` or `rejected` in a preference pair."""
 
 
-def documents(shards: Shards) -> Iterator[Document]:
-    """The documents of a prepared data set in the order they are stored."""
+def documents(shards: Shards, read: ReadTime | None = None) -> Iterator[Document]:
+    """The documents of a prepared data set in the order they are stored.
+
+    Args:
+        shards: the data set.
+        read: changes rows as the first epoch of a run does.
+    """
     for index in range(len(shards)):
-        row = shards.row(index)
+        row = shards.row(index) if read is None else read(shards.row(index), index, 0)
         cuts = np.cumsum(row.doc_lens)[:-1]
         columns = (np.split(column, cuts) for column in (row.input_ids, row.labels, row.weights))
         places = [side for size in row.group_lens for side in (SIDES if size == len(SIDES) else ("",))]

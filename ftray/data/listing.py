@@ -43,6 +43,7 @@ def list_files(place: str) -> list[Found]:
         raise DataError(f"{place!r}: no such file; a path holds no NUL")
     system, path = _system(place)
     try:
+        system.invalidate_cache()  # files may have come since this process listed them last
         found = _in(system, path, place)
     except DataError:
         raise

@@ -60,7 +60,8 @@ def is_url(location: Folder) -> bool:
 
 def open_store(location: Folder) -> Store:
     """The store at a folder or URL. Raises `DataError` if the URL's scheme needs what is not installed."""
-    return RemoteStore(str(location)) if is_url(location) else LocalStore(Path(location).expanduser())
+    local = str(location).removeprefix("file://")
+    return RemoteStore(local) if is_url(local) else LocalStore(Path(local).expanduser())
 
 
 def split_folder(folder: Folder) -> tuple[Folder, str]:
@@ -149,7 +150,8 @@ class RemoteStore:
 
         self.url = url.rstrip("/")
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url)
+            # What another node has written since a folder was listed is seen.
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise DataError(f"{url}: cannot be opened ({' '.join(str(error).split())})") from None
 
@@ -174,10 +176,8 @@ class RemoteStore:
 
     def write_json(self, name: str, value: Any) -> None:
         """Put a JSON file."""
-        content = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-        with remote_errors(self.folder(name), "cannot be written"):
-            self._make_parent(name)
-            self._fs.pipe_file(self._path(name), content)
+        with self.writing(name) as path:
+            path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -185,9 +185,14 @@ class RemoteStore:
         with tempfile.TemporaryDirectory(prefix="ftray-put-") as folder:
             tmp = Path(folder) / "file"
             yield tmp
-            with remote_errors(self.folder(name), "cannot be written"):
-                self._make_parent(name)
-                self._fs.put_file(str(tmp), self._path(name))
+            try:
+                with remote_errors(self.folder(name), "cannot be written"):
+                    # Makes folders where there are such; making a bucket is not for us.
+                    self._fs.put_file(str(tmp), self._path(name))
+            except FileNotFoundError as error:
+                raise DataError(
+                    f"{self.folder(name)}: cannot be written ({error}); make the bucket"
+                ) from None
 
     def stamp(self, name: str) -> Stamp | None:
         """Size, and the etag or time where the store has one."""
@@ -218,6 +223,3 @@ class RemoteStore:
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
-
-    def _make_parent(self, name: str) -> None:
-        self._fs.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)

@@ -1,6 +1,7 @@
 """`ftray data`: the verbs print what is in a corpus, in this process."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,36 @@ def test_show(recipe: Path) -> None:
     shown = run("show", str(recipe), "data.packing=false", "--rows", "1")
     assert "# Answer:⟦ yes<|end|>⟧" in shown
     assert " tokens, 5 targets" in shown
+
+
+def test_show_applies_what_is_applied_when_rows_are_read(recipe: Path) -> None:
+    changes = ["data.packing=false", "data.transforms=[prompt_weight]"]
+    shown = run("show", str(recipe), *changes, "--rows", "1")
+    assert "⟦" in shown.splitlines()[1], "the prompt is learnt too"
+    assert " tokens, 5 targets" not in shown
+    assert " tokens, 5 targets" in run("show", str(recipe), *changes, "--validation", "--rows", "1")
+
+
+def test_export_and_gc(recipe: Path) -> None:
+    """Held-out rows are written out; then what no run needs is listed, and removed when asked to."""
+    out, split = recipe.parent / "test.jsonl", "data.transforms=[{type: split, test: 0.3}]"
+    shown = run("export", str(recipe), str(out), split)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert f"{len(rows)} rows: {out}" in shown and 2 < len(rows) < 20
+    assert all(row["messages"][1] == {"role": "assistant", "content": "yes"} for row in rows)
+    with pytest.raises(ConfigError, match="--split: 'rest' is no part; known: train, validation, test"):
+        run("export", str(recipe), str(out), split, "--split", "rest")
+    run("prepare", str(recipe), "--local")
+    cache = recipe.parent / "cache"
+    assert "0 data sets and 0 files of shards" in run("gc", str(cache)) and list(cache.glob("train-*"))
+    time.sleep(0.01)
+    listed = run("gc", str(cache), "--days", "0")
+    assert "not needed: 2 data sets and " in listed and "`--remove` removes it" in listed
+    assert all(str(folder) in listed for folder in cache.glob("*-*/"))
+    assert "removed: 2 data sets" in run("gc", str(cache), "--days", "0", "--remove")
+    assert not list(cache.glob("*-*/")) and not list(cache.glob("shards/*"))
+    with pytest.raises(DataError, match="no such folder"):
+        run("gc", str(recipe.parent / "nothing"))
 
 
 def test_tokenizer(recipe: Path) -> None:

@@ -15,7 +15,7 @@ from ftray.core.spec import parse
 from ftray.data.dataset import PREPARING, mark_used
 from ftray.data.export import as_object, export
 from ftray.data.gc import find_garbage
-from ftray.data.prepare import prepare_local
+from ftray.data.prepare import Preparation, prepare_local
 from ftray.data.read import Shards
 from ftray.data.rows import parse_row
 
@@ -106,11 +106,35 @@ def test_what_nobody_needs_is_found(
     found.remove()
     assert not third.exists() and find_garbage(cache, 30).files == []
     assert len(Shards(second)) == 1 and len(Shards(first)) == 1
-    (first / PREPARING).write_text(json.dumps({"host": os.uname().nodename, "pid": os.getpid(), "at": 0}))
-    with pytest.raises(DataError, match=f"is being prepared .process {os.getpid()}."):
-        find_garbage(cache, 30)
+    here, now = os.uname().nodename, time.time()
+    for host, pid, at, by in [
+        (here, os.getpid(), now, f"process {os.getpid()}"),
+        (here, 2**22 + 1, now, ""),
+        ("elsewhere", 7, now - 3600, "on elsewhere, process 7"),
+        ("elsewhere", 7, now - 3 * 3600, ""),
+    ]:
+        (first / PREPARING).write_text(json.dumps({"host": host, "pid": pid, "at": at}))
+        if by:
+            with pytest.raises(DataError, match=f"is being prepared .{by}.; try again"):
+                find_garbage(cache, 30)
+        else:
+            assert find_garbage(cache, 30).kept == 2
     with pytest.raises(DataError, match="only local caches"):
         find_garbage("s3://bucket/cache", 30)
+
+
+def test_a_long_preparation_goes_on_telling(
+    write_rows: WriteRows, config: Config, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ftray.data.dataset._TELL_EVERY_S", 0.01)
+    dataset = Preparation(config(write_rows([{"text": "one"}])), tokenizer_folder).dataset
+    told = Path(dataset.folder) / PREPARING
+    with dataset.preparing():
+        first, end = json.loads(told.read_text())["at"], time.monotonic() + 20
+        while json.loads(told.read_text())["at"] == first:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    assert not told.exists()
 
 
 def test_a_shard_that_flipped_is_named_and_made_anew(

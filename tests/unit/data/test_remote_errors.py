@@ -82,7 +82,6 @@ def _write_file(store: Store) -> None:
 
 CALLS: dict[str, Callable[[Store, Path], Any]] = {
     "cat_file": lambda store, _: store.read_json("a.json"),
-    "pipe_file": lambda store, _: store.write_json("a.json", {}),
     "put_file": lambda store, _: _write_file(store),
     "info": lambda store, _: store.stamp("a.json"),
     "get_file": lambda store, folder: store.fetch("a.json", folder / "y"),
