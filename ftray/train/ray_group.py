@@ -40,6 +40,7 @@ _COLLECTIVE_MARGIN_S = 60
 def run_group(
     recipe: Recipe,
     run_dir: Path,
+    cwd: Path,
     shards: tuple[Folder, Folder | None],
     cpus_per_worker: float,
     accept_changed_data: bool,
@@ -63,7 +64,7 @@ def run_group(
         "recipe": dump(recipe),
         "run_dir": str(run_dir),
         "shards": shards,
-        "cwd": str(Path.cwd()),
+        "cwd": str(cwd),
         "accept_changed_data": accept_changed_data,
         "start_from": None if start_from is None else str(start_from),
         "stop_at": stop_at,

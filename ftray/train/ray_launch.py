@@ -57,12 +57,15 @@ def launch(
     if recipe.strategy.in_process:
         io = LocalIO(run_dir, on_record, on_prepare)
         return train(recipe, io, accept_changed_data=accept_changed_data)
+    cwd = (
+        Path.cwd()
+    )  # of a submitted job it may be replaced by the same, unpacked again, while rows are prepared
     with session():
         cpus_per_worker, cpus_per_task = _share_cpus(recipe)
         train_shards, validation_shards, background = _prepare(recipe, on_prepare, cpus_per_task)
         shards = (train_shards, validation_shards)
         try:
-            return run_group(recipe, run_dir, shards, cpus_per_worker, accept_changed_data, on_record)
+            return run_group(recipe, run_dir, cwd, shards, cpus_per_worker, accept_changed_data, on_record)
         finally:
             if background is not None:
                 background.close()
