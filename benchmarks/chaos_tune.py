@@ -33,6 +33,7 @@ MEMBERS, SEGMENTS, STEPS = 4, 4, 5
 _KILLS = 3
 _ATTEMPTS = 8
 _WAIT_S = 150.0
+_PROCESS_S = 20.0
 _SPACE = {"optim.learning_rate": {"loguniform": [1e-3, 0.3]}, "adapt.r": {"choice": [2, 4, 8]}}
 _RECIPE = {
     "name": "toy",
@@ -167,7 +168,10 @@ class Campaign:
     def disturb(self, kind: str, process: subprocess.Popen[bytes], outcome: Outcome) -> None:
         """Kill one process of a search, anywhere in a segment or a commit."""
         time.sleep(self.draw.random() * 0.4)
-        found = [process.pid] if kind == "driver" else list(self.pids(kind, process))
+        deadline = time.monotonic() + _PROCESS_S
+        found = [process.pid] if kind == "driver" else []
+        while not found and process.poll() is None and time.monotonic() < deadline:
+            found = list(self.pids(kind, process))  # the first trial may not have started
         if not found:
             outcome.notes.append(f"no {kind} to kill")
             return
@@ -180,7 +184,8 @@ class Campaign:
             for child in psutil.Process(process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):
                     command = (child.cmdline() or [""])[0]
-                    if ("raylet/raylet" in command) if kind == "raylet" else ("ImplicitFunc" in command):
+                    is_trial = command.startswith("ray::") and not command.startswith("ray::IDLE")
+                    if ("raylet/raylet" in command) if kind == "raylet" else is_trial:
                         yield child.pid
 
     def records(self, name: str) -> list[Record]:

@@ -181,7 +181,9 @@ def _run(job: Job, recipe: Recipe, folder: Path, start_from: Path | None, stop_a
     from ftray.train.ray_group import run_group
 
     shards, cpus = io.prepare(recipe), recipe.strategy.cpus_per_worker
-    return run_group(recipe, folder, shards, cpus, False, None, start_from=start_from, stop_at=stop_at)
+    return run_group(
+        recipe, folder, Path.cwd(), shards, cpus, False, None, start_from=start_from, stop_at=stop_at
+    )
 
 
 def _outcome(job: Job, record: dict[str, Any]) -> Outcome:
