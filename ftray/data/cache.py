@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 
 from ftray.core.errors import DataError
-from ftray.core.fs import digest_file, lock_file
+from ftray.core.fs import digest_file, fsync_path, lock_file
 from ftray.data.store import Store
 
 _WAIT_S = 600.0
@@ -27,6 +27,7 @@ class NodeCache:
     def __init__(self, folder: Path | None = None, max_bytes: int = 20 << 30) -> None:
         self.folder = folder or Path(tempfile.gettempdir()) / f"ftray-shards-{os.getuid()}"
         self.max_bytes = max_bytes
+        self._good: set[str] = set()
 
     def get(self, store: Store, name: str, digest: str, size_bytes: int) -> Path:
         """A local copy of a file of the store.
@@ -35,7 +36,7 @@ class NodeCache:
             DataError: one line, if it cannot be read or is not what the digest says.
         """
         path = self.folder / digest.removeprefix("xxh3:")
-        if self._touch(path):
+        if self._touch(path) and self._is_good(path, digest):
             return path
         # One process of the node fetches, the others find the copy.
         lock = lock_file(path.with_suffix(".lock"), _WAIT_S)
@@ -58,9 +59,23 @@ class NodeCache:
                     f"{store.folder(name)}: its content is not what was committed; "
                     "delete it and prepare the data again"
                 )
+            fsync_path(tmp)
             tmp.replace(path)
+            self._good.add(path.name)
         finally:
             tmp.unlink(missing_ok=True)
+
+    def _is_good(self, path: Path, digest: str) -> bool:
+        """Compare a copy that is there already, once in a process; a damaged one is removed."""
+        if path.name not in self._good:
+            try:
+                if digest_file(path) != digest:
+                    path.unlink(missing_ok=True)
+                    return False
+            except FileNotFoundError:  # another process has just made room
+                return False
+            self._good.add(path.name)
+        return True
 
     def _touch(self, path: Path) -> bool:
         """Mark a copy as used now; False if there is none."""
@@ -75,7 +90,9 @@ class NodeCache:
         for path in self.folder.glob("*"):
             with contextlib.suppress(FileNotFoundError):
                 stat = path.stat()
-                if not path.suffix:
+                if path.suffix.startswith(".tmp-") and stat.st_mtime < time.time() - _WAIT_S:
+                    path.unlink()  # of a process that was killed
+                elif not path.suffix:
                     copies.append((stat.st_mtime, stat.st_size, path))
         room = self.max_bytes - size_bytes - sum(size for _, size, _ in copies)
         for _, size, path in sorted(copies):

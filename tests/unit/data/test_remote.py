@@ -1,5 +1,6 @@
 """Shards behind a URL: the same data, read through a bounded cache of the node."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,21 @@ def test_the_node_cache_is_bounded_and_shared(
     assert np.array_equal(again.row(last).input_ids, shards.row(last).input_ids), "fetched once for the node"
     with pytest.raises(DataError, match="cannot be read"):
         again.row(0)
+
+
+def test_a_damaged_copy_is_fetched_again(
+    write_rows: WriteRows, config: Make, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    folder = prepare_local(config(corpus(write_rows), cache_dir=URL), tokenizer_folder)
+    before = Shards(folder, cache=NodeCache(tmp_path / "node")).row(0).input_ids.tolist()
+    [copy] = (tmp_path / "node").iterdir()
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:100] + b"?" + whole[101:])
+    (tmp_path / "node" / f"{copy.name}.tmp-1").write_bytes(whole)
+    os.utime(tmp_path / "node" / f"{copy.name}.tmp-1", (0, 0))
+    assert Shards(folder, cache=NodeCache(tmp_path / "node")).row(0).input_ids.tolist() == before
+    assert copy.read_bytes() == whole
+    assert list((tmp_path / "node").iterdir()) == [copy], "what a killed process has left goes"
 
 
 def test_a_damaged_remote_shard_is_named(
