@@ -149,7 +149,14 @@ def _value(row: pa.RecordBatch) -> dict[str, Any] | BadRow:
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if value is not None}
+    return {name: _clean(value) for name, value in row.items() if value is not None}
+
+
+def _clean(value: Any) -> Any:
+    """A value without what its struct has only since other rows have it."""
+    if isinstance(value, dict):
+        return _without_nulls(value)
+    return [_clean(item) for item in value] if isinstance(value, list) else value
 
 
 def _lost(first: int, number: int, why: str) -> Record:

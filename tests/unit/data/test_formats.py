@@ -229,6 +229,19 @@ def test_schema_drift_and_wrong_types(tmp_path: Path) -> None:
     assert [reason for _, reason in read(tmp_path / "f.parquet")[1]] == ["`text` is not a string"] * 2
 
 
+def test_nested_fields_that_only_other_rows_have(tmp_path: Path) -> None:
+    """A table's struct has the fields of all rows; a call is learnt with those of its own row."""
+    calls = [{"calls": [{"city": "Paris"}]}, {"calls": [{"to": "Rome", "n": 2}, {"city": "Bonn"}]}]
+    pq.write_table(pa.Table.from_pylist(calls), tmp_path / "a.parquet")
+    with pa.OSFile(str(tmp_path / "b.arrow"), "wb") as sink:
+        table = pa.Table.from_pylist(calls)
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    for name in ("a.parquet", "b.arrow"):
+        [unit] = split_units(find_sources([str(tmp_path / name)]))
+        assert [record.value for record in Records(unit, {"prompt": "calls"})] == calls
+
+
 def test_csv_that_is_not_as_it_should_be(tmp_path: Path) -> None:
     content = (
         b'\xef\xbb\xbfprompt,completion\r\n"two\nlines","b ""c"""\r\n'
