@@ -160,6 +160,8 @@ class DataConfig:
             object.__setattr__(self, "validation", list(self.train))
         if self.stream and self.mixture:
             raise ConfigError("stream: a mixture draws from every source at once; prepare all rows first")
+        if self.drop_consumed and self.mixture:
+            raise ConfigError("drop_consumed: a mixture comes back to every source; leave one of them out")
         if self.stream and barriers:
             raise ConfigError(
                 f"stream: `{'`, `'.join(barriers)}` must see all rows before the first is trained on; "

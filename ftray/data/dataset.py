@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +133,7 @@ class Dataset:
 
     def commit(self, outcomes: Sequence[Outcome]) -> None:
         """Write the quarantined rows and the manifest of a data set whose units are all prepared."""
-        records = _with_file_lines(outcomes)
-        with (
-            self.store.writing(f"{self.name}/{QUARANTINE}") as path,
-            path.open("w", encoding="utf-8") as file,
-        ):
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        self.write_quarantine(outcomes)
         shards = [entry for outcome in outcomes for entry in self.entries(outcome)]
         stamps = self._stamps(shards)
         counts = counts_of(outcomes, self.identity["max_length"])
@@ -152,22 +147,37 @@ class Dataset:
         self.store.write_json(f"{self.name}/{MANIFEST}", content)
         self.store.write_json(f"{self.name}/{STAMPS}", stamps)
 
+    def write_quarantine(self, outcomes: Sequence[Outcome]) -> None:
+        """Write the rows of some units, in their order, that cannot be used."""
+        records = _with_file_lines(outcomes)
+        with (
+            self.store.writing(f"{self.name}/{QUARANTINE}") as path,
+            path.open("w", encoding="utf-8") as file,
+        ):
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
     def check_counts(self, patterns: Sequence[str], max_quarantine: float) -> None:
         """Refuse a data set with nothing in it or with too many quarantined rows."""
         counts = self.store.read_json(f"{self.name}/{MANIFEST}")["counts"]
         where = ", ".join(patterns[:3]) + (", ..." if len(patterns) > 3 else "")
         if counts["rows"] == 0:
             raise DataError(f"{where}: there are no rows; check the files")
-        bad = sum(counts["quarantined"].values())
-        if bad > max_quarantine * counts["rows"]:
-            reasons = "; ".join(f"{reason} ({n}x)" for reason, n in list(counts["quarantined"].items())[:3])
-            raise DataError(
-                f"{where}: {bad} of {counts['rows']} rows cannot be used, more than max_quarantine "
-                f"{max_quarantine:g} allows: {reasons}; see {self.store.folder(f'{self.name}/{QUARANTINE}')}"
-            )
+        if sum(counts["quarantined"].values()) > max_quarantine * counts["rows"]:
+            raise self.too_many(patterns, max_quarantine, counts["rows"], counts["quarantined"])
         if counts["packed_rows"] == 0:
             rules = ", ".join(f"{rule} {n}" for rule, n in counts["filtered"].items())
             raise DataError(f"{where}: no row is left after the transforms (filtered: {rules}); relax them")
+
+    def too_many(
+        self, patterns: Sequence[str], max_quarantine: float, rows: int, quarantined: Mapping[str, int]
+    ) -> DataError:
+        """What is said of rows that cannot be used; `quarantined` counts them by reason, the commonest first."""
+        where = ", ".join(patterns[:3]) + (", ..." if len(patterns) > 3 else "")
+        reasons = "; ".join(f"{reason} ({n}x)" for reason, n in list(quarantined.items())[:3])
+        return DataError(
+            f"{where}: {sum(quarantined.values())} of {rows} rows cannot be used, more than max_quarantine "
+            f"{max_quarantine:g} allows: {reasons}; see {self.store.folder(f'{self.name}/{QUARANTINE}')}"
+        )
 
     def _stamps(self, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
         names = {shard["file"]: posixpath.normpath(f"{self.name}/{shard['file']}") for shard in shards}

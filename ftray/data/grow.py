@@ -120,7 +120,7 @@ class Background:
 
     def _work(self, run: Runner, progress: Progress) -> None:
         try:
-            self._preparation.run(run, progress, self._stop.is_set)
+            self._preparation.run(run, progress, self._stop.is_set, is_read=True)
         except Stopped:
             pass
         except Exception as error:

@@ -8,7 +8,7 @@ units that are missing (`units.py`). Rows in = documents + filtered + quarantine
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from ftray.config.recipe import DataConfig
 from ftray.core.errors import DataError
@@ -17,6 +17,7 @@ from ftray.core.spec import dump
 from ftray.core.types import Progress, no_progress
 from ftray.data.dataset import QUARANTINE, Dataset, Prefix, mark_used
 from ftray.data.fingerprint import fingerprints
+from ftray.data.limit import QuarantineLimit
 from ftray.data.read import FORMAT_VERSION
 from ftray.data.source import UNIT_BYTES, Unit, find_sources, split_units
 from ftray.data.store import Folder, open_store
@@ -105,7 +106,7 @@ class Preparation:
             columns={str(name): column for name, column in data.columns.items()},
             block_chars=BLOCK_CHARS,
         )
-        self.how = how
+        self.how, self._is_read = how, False
         self.units = split_units(found, UNIT_BYTES)
 
     @property
@@ -114,7 +115,12 @@ class Preparation:
         return self.dataset.folder
 
     def run(
-        self, run: Runner = run_here, progress: Progress = no_progress, stop: Callable[[], bool] = bool
+        self,
+        run: Runner = run_here,
+        progress: Progress = no_progress,
+        stop: Callable[[], bool] = bool,
+        *,
+        is_read: bool = False,
     ) -> Folder:
         """Prepare what is missing; windows of shards can be read as soon as they are made.
 
@@ -122,11 +128,13 @@ class Preparation:
             run: does the work on units.
             progress: called with the source bytes done and their total.
             stop: asked after every unit.
+            is_read: a run reads the data set meanwhile; with `data.drop_consumed` it is not left far behind.
 
         Raises:
             DataError: as `prepare_local`.
             Stopped: if `stop` said so.
         """
+        self._is_read = is_read
         if not self.dataset.is_whole():
             with self.dataset.preparing():
                 self.dataset.commit(self._run_units(run, progress, stop))
@@ -158,6 +166,7 @@ class Preparation:
         size = self.data.window_shards if self.data.stream and places else max(1, len(self.units))
         total = sum(unit.stop - unit.start for unit in self.units) * (len(places) + 1)
         done, outcomes, prefix = 0, list[Outcome](), Prefix(self.dataset)
+        limit = QuarantineLimit(self.data.max_quarantine, sum(unit.stop - unit.start for unit in self.units))
         progress(0, total)
         for start in range(0, len(self.units), size):
             units = self.units[start : start + size]
@@ -167,6 +176,8 @@ class Preparation:
                 for outcome in self._pass(run, place, units, masks):
                     found.append(outcome)
                     if place is None:
+                        if limit.passed(outcome):
+                            self._refuse(limit, [*outcomes, *found])
                         prefix.add(outcome)
                         self._wait_for_reader(prefix, stop)
                     done += outcome.unit.stop - outcome.unit.start
@@ -180,13 +191,19 @@ class Preparation:
             outcomes += found
         return outcomes
 
+    def _refuse(self, limit: QuarantineLimit, outcomes: list[Outcome]) -> NoReturn:
+        """End with what has been found so far."""
+        self.dataset.write_quarantine(sorted(outcomes, key=lambda outcome: outcome.unit.index))
+        quarantined = dict(limit.quarantined.most_common())
+        raise self.dataset.too_many(self.patterns, self.data.max_quarantine, limit.rows, quarantined)
+
     def _decider(self, barrier: Any) -> Decider:
         decider: Decider = barrier.running() if self.data.stream else barrier.keep
         return decider
 
     def _wait_for_reader(self, prefix: Prefix, stop: Callable[[], bool]) -> None:
         """Stay a few windows ahead of a run that drops them, so that the disk it takes is bounded."""
-        if self.data.stream and self.data.drop_consumed:
+        if self._is_read and self.data.stream and self.data.drop_consumed:
             while prefix.windows_ahead() > _WINDOWS_AHEAD and not stop():
                 time.sleep(_POLL_S)
 

@@ -113,6 +113,19 @@ def test_consumed_windows_are_dropped(
         train(make_recipe("again", **settings), LocalIO(tmp_path / "again"))
 
 
+def test_a_preparation_that_nobody_reads_waits_for_nobody(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "UNIT_BYTES", 400)
+    settings = changes(tmp_path, "drop", data__stream=True, data__drop_consumed=True)
+    recipe = make_recipe("drop", **settings)
+    data, preparation = recipe.data, Preparation(recipe.data, recipe.model.tokenizer)
+    shards = Shards(preparation.run())
+    assert len(shards.shards) >= 3 * data.window_shards
+    with pytest.raises(ConfigError, match="drop_consumed: a mixture comes back to every source"):
+        make_recipe("mixed", data__drop_consumed=True, data__mixture={"a": 1})
+
+
 def test_the_disk_is_bounded(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
