@@ -9,6 +9,8 @@ from ftray.core.fs import digest_file, digest_json
 from ftray.data.store import Folder, Store, is_url, remote_errors
 
 _MEMORY = "digests.json"
+_VERSIONS = ("ETag", "etag", "blob_id", "generation", "mtime", "LastModified", "last_modified", "created")
+"""What tells one content of a remote file from another, by file system; the surest first."""
 
 
 def fingerprints(files: Sequence[Folder], store: Store) -> list[dict[str, Any]]:
@@ -52,6 +54,6 @@ def _remote(url: str) -> dict[str, Any]:
             info = system.info(path)
     except FileNotFoundError:
         raise DataError(f"{url}: is not there any more; check the URL") from None
-    version = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created")
+    version = next((info[name] for name in _VERSIONS if info.get(name)), None)
     identity = {"url": url, "size_bytes": info["size"], "version": str(version)}
     return {"file": url, "size_bytes": info["size"], "digest": digest_json(identity)}

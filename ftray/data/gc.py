@@ -8,6 +8,7 @@ nothing is removed at all.
 import json
 import os
 import posixpath
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -22,6 +23,13 @@ from ftray.data.read import MANIFEST, record_of
 from ftray.data.store import Folder, is_url
 
 _DAY_S = 86_400.0
+# Only what preparation has made is ever removed, whatever else is in the folder.
+_DATASET = re.compile(r"(train|validation)-[0-9a-f]{16}")
+_DATASET_FILE = re.compile(
+    r"(manifest|stamps|preparing|used|reader|failed|window-\d+-\d+)\.json|quarantine\.jsonl|lengths\.png|\.tmp-.+"
+)
+_SOURCE = re.compile(r"[0-9a-f]{20}")
+_UNIT_FILE = re.compile(r"[0-9a-f]{20}\.(\d+\.arrow|arrow|json|keys)|\.tmp-[0-9a-f]{20}\..+")
 
 
 @dataclass
@@ -39,14 +47,12 @@ class Garbage:
 
     def remove(self) -> None:
         """Remove it."""
-        for folder in self.datasets:
-            for path in folder.iterdir():
-                path.unlink(missing_ok=True)
-            folder.rmdir()
-        for path in self.files:
+        made = [path for folder in self.datasets for path in _made(folder)]
+        for path in [*made, *self.files]:
             path.unlink(missing_ok=True)
-            if not any(path.parent.iterdir()):
-                path.parent.rmdir()
+        for folder in {*self.datasets, *(path.parent for path in self.files)}:
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def find_garbage(cache_dir: Folder, days: float) -> Garbage:
@@ -68,7 +74,7 @@ def find_garbage(cache_dir: Folder, days: float) -> Garbage:
         raise DataError(f"{root}: no such folder; name the `data.cache_dir` of your recipes")
     found, named = Garbage(), set[Path]()
     for folder in sorted(root.glob("*-*/")):
-        if not folder.name.startswith(("train-", "validation-")):
+        if not _DATASET.fullmatch(folder.name) or not any(_made(folder)):
             continue
         if (why := _running(folder / PREPARING)) is not None:
             raise DataError(f"{folder}: is being prepared ({why}); try again when that is done")
@@ -77,12 +83,19 @@ def find_garbage(cache_dir: Folder, days: float) -> Garbage:
             named |= set(_named(folder))
         else:
             found.datasets.append(folder)
-            found.size_bytes += sum(path.stat().st_size for path in folder.iterdir())
+            found.size_bytes += sum(path.stat().st_size for path in _made(folder))
     for path in sorted((root / "shards").glob("*/*")):
+        if not _SOURCE.fullmatch(path.parent.name) or not _UNIT_FILE.fullmatch(path.name):
+            continue
         if _record(path) not in named and path.stat().st_mtime < before:
             found.files.append(path)
             found.size_bytes += path.stat().st_size
     return found
+
+
+def _made(folder: Path) -> Iterator[Path]:
+    """The files of a data set that preparation (or `ftray data stats`) has made."""
+    return (path for path in folder.iterdir() if _DATASET_FILE.fullmatch(path.name) and path.is_file())
 
 
 def _is_needed(folder: Path, before: float) -> bool:

@@ -114,4 +114,10 @@ def _suffix(name: str) -> str:
 
 
 def _with_sizes(system: Any, names: Iterable[str], scheme: str) -> list[Found]:
-    return [Found(scheme + name.removeprefix(scheme), int(system.size(name) or 0)) for name in names]
+    found = []
+    for name in names:
+        file, size = scheme + name.removeprefix(scheme), system.size(name)
+        if size is None:
+            raise DataError(f"{file}: its server does not say how long it is; copy it to a disk or a store")
+        found.append(Found(file, int(size)))
+    return found

@@ -66,12 +66,14 @@ def _rows(unit: Unit, delimiter: str) -> Iterator[Record]:
                 number += 1
                 continue
             break
+        if not cells:  # a blank line
+            continue
         if header is None:
             header = cells
             if len(set(header)) != len(header):
                 yield Record(offset, number, BadRow("a column's name stands twice in the header"))
                 return
-        elif cells:
+        else:
             yield Record(offset, number, _row(header, cells))
             number += 1
     if source.damage is not None:

@@ -83,7 +83,7 @@ def whole_lines(unit: Unit) -> Iterator[tuple[int, int, bytes | Damaged]]:
 
 
 def _lines(unit: Unit) -> Iterator[Record]:
-    found = whole_lines(unit) if unit.compression or unit.format == "paragraphs" else _range(unit)
+    found = whole_lines(unit) if unit.compression or unit.format == "paragraph" else _range(unit)
     for offset, number, content in found:
         if isinstance(content, Damaged):
             yield rest_lost(offset, number, str(content))

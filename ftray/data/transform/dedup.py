@@ -7,7 +7,7 @@ import pyarrow as pa
 import xxhash
 
 from ftray.core.spec import spec
-from ftray.data.rows import span_counts, span_texts
+from ftray.data.rows import span_counts, span_kinds, span_texts
 from ftray.data.transform.base import Decider, Mask
 
 _SPACE = re.compile(r"\s+")
@@ -28,12 +28,15 @@ class ExactDedup:
         return "duplicate"
 
     def keys(self, rows: pa.Table) -> list[bytes]:
-        """128-bit digests of the normalised spans."""
-        texts, position, keys = span_texts(rows).to_pylist(), 0, []
+        """128-bit digests of the spans: what each is, and its normalised text."""
+        texts, kinds, position, keys = span_texts(rows).to_pylist(), span_kinds(rows).to_pylist(), 0, []
         for count in span_counts(rows):
             digest = xxhash.xxh3_128()
-            for text in texts[position : position + count]:
-                content = self._normalise(text).encode()
+            for kind, text in zip(
+                kinds[position : position + count], texts[position : position + count], strict=True
+            ):
+                # An answer that is desirable is not the same row when it is undesirable.
+                content = f"{kind}:{self._normalise(text)}".encode()
                 # Lengths keep ("ab", "c") and ("a", "bc") apart.
                 digest.update(len(content).to_bytes(8, "little") + content)
             keys.append(digest.digest())

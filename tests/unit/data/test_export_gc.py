@@ -123,6 +123,26 @@ def test_what_nobody_needs_is_found(
         find_garbage("s3://bucket/cache", 30)
 
 
+def test_what_is_not_of_a_preparation_stays(tmp_path: Path) -> None:
+    strangers = [
+        "train-photos/a.jpg",
+        "train-0123456789abcdef/photo.jpg",
+        "shards/holiday/b.jpg",
+        "shards/0123456789abcdef0123/notes.json",
+    ]
+    old = time.time() - 90 * 86_400
+    for name in [*strangers, "validation-0123456789abcdef/manifest.json", "validation-0123456789abcdef/mine"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        os.utime(tmp_path / name, (old, old))
+        os.utime((tmp_path / name).parent, (old, old))
+    found = find_garbage(tmp_path, 30)
+    found.remove()
+    assert [folder.name for folder in found.datasets] == ["validation-0123456789abcdef"] and not found.files
+    assert all((tmp_path / name).exists() for name in [*strangers, "validation-0123456789abcdef/mine"])
+    assert not (tmp_path / "validation-0123456789abcdef/manifest.json").exists()
+
+
 def test_a_long_preparation_goes_on_telling(
     write_rows: WriteRows, config: Config, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

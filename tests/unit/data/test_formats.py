@@ -229,6 +229,12 @@ def test_schema_drift_and_wrong_types(tmp_path: Path) -> None:
     assert [reason for _, reason in read(tmp_path / "f.parquet")[1]] == ["`text` is not a string"] * 2
 
 
+def test_csv_with_blank_lines_before_its_header(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("\n\ntext\nhello\n\nworld\n")
+    [unit] = split_units(find_sources([str(tmp_path / "a.csv")]))
+    assert [record.value for record in Records(unit)] == [{"text": "hello"}, {"text": "world"}]
+
+
 def test_nested_fields_that_only_other_rows_have(tmp_path: Path) -> None:
     """A table's struct has the fields of all rows; a call is learnt with those of its own row."""
     calls = [{"calls": [{"city": "Paris"}]}, {"calls": [{"to": "Rome", "n": 2}, {"city": "Bonn"}]}]

@@ -103,6 +103,13 @@ def test_dedup_keeps_the_first_over_units() -> None:
     assert len(set(exact.keys(first))) == 3
 
 
+def test_dedup_tells_what_spans_are() -> None:
+    spans = [Span("prompt", "q", False), Span("desirable", "a", True)]
+    rows = [Row("x", tuple(spans)), Row("x", (spans[0], Span("undesirable", "a", True)))]
+    keys = ExactDedup().keys(to_table((i, i, row) for i, row in enumerate(rows)))
+    assert keys[0] != keys[1]
+
+
 def test_dedup_tells_where_spans_end() -> None:
     def pair(prompt: str, completion: str) -> Row:
         return Row("x", (Span("prompt", prompt, False), Span("completion", completion, True)))
