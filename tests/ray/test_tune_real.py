@@ -60,7 +60,7 @@ def test_segments_of_several_workers_are_those_of_one(ray_cluster, tiny_base, tm
     both = run(spread)
     assert both.num_segments == alone.num_segments == 4 and both.num_failures == 0
     scores = [[r["score"] for r in read(result.journal) if r["kind"] == "commit"] for result in (alone, both)]
-    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
     saved = list((both.folder / "segments").glob("*/progress/rank-1.json"))
     assert len(saved) == 4, "each segment had two workers"
 
