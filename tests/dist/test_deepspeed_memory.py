@@ -58,7 +58,7 @@ def test_loading_holds_a_part_and_no_second_copy(folder: Path, monkeypatch: pyte
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     sizes = [parameter.nbytes for parameter in model.parameters()]
     whole, largest = sum(sizes), max(sizes)
-    for told in on_ranks(2, load_and_attach, folder, (3, 2)):
+    for told in on_ranks(2, load_and_attach, folder, (3, 2), fresh=True):
         loading, attached = told[3]
         assert loading <= whole / 2 + largest + SLACK, told
         assert attached <= 4 * whole / 2 + 2 * SLACK, told

@@ -77,7 +77,7 @@ def on_two_ranks(folder: Path) -> dict[int, dict[str, int] | None]:
 
 
 def test_loading_holds_a_shard_and_saving_a_tensor(folder: Path) -> None:
-    ranks = on_ranks(2, on_two_ranks, folder)
+    ranks = on_ranks(2, on_two_ranks, folder, fresh=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     sizes = [parameter.nbytes for parameter in model.parameters()]
     whole, largest = sum(sizes), max(sizes)

@@ -16,7 +16,11 @@ from ftray.train.io import LocalIO
 from ftray.train.track.jsonl import read_records
 from tests.recipes import MakeRecipe
 
-STRATEGIES = ["ddp", "fsdp"]
+POLICIES, SPOILT = ("stop", "skip", "roll_back"), ("loss", "gradient")
+KINDS = [
+    *itertools.product(["ddp"], POLICIES, SPOILT),
+    *zip(["fsdp"] * 3, POLICIES, ("gradient", "loss", "gradient"), strict=True),
+]
 
 
 def outcome(recipe: Recipe) -> dict[str, Any]:
@@ -71,10 +75,9 @@ def test_one_rank_alone_is_not_finite(make_recipe: MakeRecipe) -> None:
             data__validation=[],
         )
 
-    kinds = list(itertools.product(STRATEGIES, ("stop", "skip", "roll_back"), ("loss", "gradient")))
-    recipes = [recipe(*kind) for kind in kinds] + [recipe("ddp", "roll_back", "loss", for_ever=True)]
+    recipes = [recipe(*kind) for kind in KINDS] + [recipe("ddp", "roll_back", "loss", for_ever=True)]
     ranks = on_ranks(2, cases, recipes)
-    for number, (_, policy, spoil) in enumerate(kinds):
+    for number, (_, policy, spoil) in enumerate(KINDS):
         run_dir = Path(recipes[number].output_dir) / recipes[number].name
         steps = [record for record in read_records(run_dir / "metrics.jsonl") if "grad_norm" in record]
         check(policy, spoil, ranks[0][number], ranks[1][number], steps)
