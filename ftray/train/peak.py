@@ -11,6 +11,7 @@ import torch
 
 from ftray.core.errors import FtrayError
 from ftray.core.fs import read_json, write_json
+from ftray.model.precision import bound_kernels
 
 CACHE = "~/.cache/ftray/peak"
 _SECONDS = 0.15
@@ -36,6 +37,7 @@ def matmul_peak(bf16: bool, device: torch.device) -> float:
 
 def measure(bf16: bool, device: torch.device) -> float:
     """The best rate seen in a short while."""
+    bound_kernels()
     size = 8192 if device.type == "cuda" else 1024
     dtype = torch.bfloat16 if bf16 else torch.float32
     a = torch.ones(size, size, dtype=dtype, device=device)
