@@ -10,7 +10,6 @@ import collections
 import contextlib
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -18,13 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from benchmarks import chaos_tune, recorded
+from benchmarks.chaos_outcome import Outcome, summary
 from ftray.config.load import write_resolved
 from ftray.config.recipe import Recipe
 from ftray.core.errors import FtrayError
@@ -35,27 +33,9 @@ from ftray.train.track.jsonl import read_records
 
 STEPS, SAVE_STEPS, BATCH = 40, 6, 4
 KINDS = ("worker", "driver", "raylet", "controller", "hang", "sigterm_driver", "sigterm_worker")
-ORDERLY = ("sigterm_driver", "sigterm_worker")
-"""Kinds that leave time to commit: no step may be done twice."""
 _ATTEMPTS = 4
 _WAIT_S = 180.0
-
-
-@dataclass
-class Outcome:
-    """What became of one disturbed run."""
-
-    kind: str
-    at_step: int
-    finished: bool = False
-    attempts: int = 0
-    missing: int = 0
-    repeated: int = 0
-    corrupt: int = 0
-    lost_steps: int = 0
-    losses_equal: bool = False
-    wall_s: float = 0.0
-    notes: list[str] = field(default_factory=list)
+_FIND_S = 5.0
 
 
 class Campaign:
@@ -77,6 +57,8 @@ class Campaign:
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.losses: dict[int, float] = {}
         self.rows: dict[int, list[int]] = {}
+        self.children: list[subprocess.Popen[bytes]] = []
+        """Commands started for the run at hand."""
 
     def reference(self) -> None:
         """The run nobody disturbs."""
@@ -86,16 +68,38 @@ class Campaign:
         self.losses, self.rows = self.curve("reference"), self.steps("reference")
 
     def disturbed(self, number: int, kind: str) -> Outcome:
-        """One run, disturbed once, resumed until it is done."""
+        """One run, disturbed once, resumed until it is done; what goes wrong with it is in its notes."""
         recipe = self.recipe(f"{number:03d}-{kind.replace('_', '-')}")
         outcome = Outcome(kind, self.draw.randrange(SAVE_STEPS, STEPS - 2 * SAVE_STEPS))
         started = time.monotonic()
+        try:
+            self.drive(recipe, outcome)
+            self.judge(recipe.name, outcome)
+        except Exception as error:  # one run's error is its outcome, not the campaign's end
+            outcome.notes.append(f"{type(error).__name__}: {error}")
+            outcome.finished = False
+        outcome.wall_s = time.monotonic() - started
+        return outcome
+
+    def drive(self, recipe: Recipe, outcome: Outcome) -> None:
+        """Start it, disturb it once, resume it until it succeeds."""
         process = self.start(recipe)
-        done = False
+        try:
+            self.resume(recipe, outcome, process)
+        finally:
+            for child in self.children:
+                if child.poll() is None:
+                    end(child)
+            self.children.clear()
+
+    def resume(self, recipe: Recipe, outcome: Outcome, process: subprocess.Popen[bytes]) -> None:
+        """The attempts of one run, the first of which is under way."""
         for outcome.attempts in range(1, _ATTEMPTS + 1):
-            if not done and self.wait_for(recipe.name, outcome.at_step, process):
-                self.disturb(kind, recipe.name, process)
-                done = True
+            if not outcome.disturbed:
+                if self.wait_for(recipe.name, outcome.at_step, process):
+                    outcome.disturbed = self.disturb(outcome.kind, recipe.name, process)
+                if not outcome.disturbed:
+                    outcome.notes.append(f"attempt {outcome.attempts} was not disturbed")
             try:
                 code = process.wait(_WAIT_S)
             except subprocess.TimeoutExpired:
@@ -105,11 +109,9 @@ class Campaign:
             outcome.corrupt += self.corrupt(recipe.name)
             if code == 0:
                 outcome.finished = True
-                break
-            process = self.start(recipe, "--resume")
-        outcome.wall_s = time.monotonic() - started
-        self.judge(recipe.name, outcome)
-        return outcome
+                return
+            if outcome.attempts < _ATTEMPTS:
+                process = self.start(recipe, "--resume")
 
     def judge(self, name: str, outcome: Outcome) -> None:
         """Compare with the reference."""
@@ -161,9 +163,11 @@ class Campaign:
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "ftray.cli.main", "run", str(file), *flags]
         with (self.folder / f"{recipe.name}.log").open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command, env=environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
             )
+        self.children.append(process)
+        return process
 
     def wait_for(self, name: str, step: int, process: subprocess.Popen[bytes]) -> bool:
         """True when the run has come to a step, False if it ended before."""
@@ -174,13 +178,16 @@ class Campaign:
             time.sleep(0.05)
         return True
 
-    def disturb(self, kind: str, name: str, process: subprocess.Popen[bytes]) -> None:
-        """Do what the kind says."""
+    def disturb(self, kind: str, name: str, process: subprocess.Popen[bytes]) -> bool:
+        """Do what the kind says; False if there was nobody left to do it to."""
         time.sleep(self.draw.random() * 0.5)  # anywhere in a step or a commit
         if kind.endswith("driver"):
             pid = process.pid
         elif kind in ("raylet", "controller"):
-            pid = self.find(process, "raylet/raylet" if kind == "raylet" else "TrainController")
+            found = self.find(process, "raylet/raylet" if kind == "raylet" else "TrainController")
+            if found is None:
+                return False
+            pid = found
         else:
             progress = self.folder / "runs" / name / "progress" / f"rank-{self.draw.randrange(2)}.json"
             pid = read_json(progress)["pid"]
@@ -189,16 +196,25 @@ class Campaign:
             number = signal.SIGSTOP
         elif kind.startswith("sigterm"):
             number = signal.SIGTERM
-        with contextlib.suppress(ProcessLookupError):
+        if process.poll() is not None:
+            return False
+        try:
             os.kill(pid, number)
+        except ProcessLookupError:
+            return False
+        return True
 
-    def find(self, process: subprocess.Popen[bytes], word: str) -> int:
-        """The descendant of a run whose command line begins with a word."""
-        for child in psutil.Process(process.pid).children(recursive=True):
+    def find(self, process: subprocess.Popen[bytes], word: str) -> int | None:
+        """The descendant of a run whose command line begins with a word; it may come a little later."""
+        deadline = time.monotonic() + _FIND_S
+        while process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(psutil.Error):
-                if word in (child.cmdline() or [""])[0]:
-                    return child.pid
-        raise LookupError(f"no process {word!r}")
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        if word in (child.cmdline() or [""])[0]:
+                            return child.pid
+            time.sleep(0.1)
+        return None
 
     def curve(self, name: str) -> dict[int, float]:
         """Loss by step."""
@@ -231,30 +247,6 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def summary(outcomes: list[Outcome], minutes: float, seed: int) -> dict[str, Any]:
-    """The line that is printed last."""
-    return {
-        "benchmark": "chaos-train",
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "minutes": minutes,
-        "seed": seed,
-        "runs": len(outcomes),
-        "runs_finished": sum(outcome.finished for outcome in outcomes),
-        "kills": dict(collections.Counter(outcome.kind for outcome in outcomes)),
-        "ids_missing": sum(outcome.missing for outcome in outcomes),
-        "ids_repeated": sum(outcome.repeated for outcome in outcomes),
-        "corrupt_loads": sum(outcome.corrupt for outcome in outcomes),
-        "losses_bit_equal": sum(outcome.losses_equal for outcome in outcomes),
-        "largest_lost_steps": max((outcome.lost_steps for outcome in outcomes), default=0),
-        "largest_lost_steps_after_sigterm": max(
-            (outcome.lost_steps for outcome in outcomes if outcome.kind in ORDERLY), default=0
-        ),
-        "checkpoint_interval_steps": SAVE_STEPS,
-        "optimiser_steps_per_run": STEPS,
-        "outcomes": [vars(outcome) for outcome in outcomes],
-    }
-
-
 def main() -> None:
     """Run the campaign."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -269,11 +261,22 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="ftray-chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
-    started, outcomes = time.monotonic(), []
-    try:
-        if arguments.tune:
+    if arguments.tune:
+        try:
             print(json.dumps(chaos_tune.campaign(folder, arguments.minutes, arguments.seed, arguments.json)))
-            return
+        finally:
+            if not arguments.keep:
+                shutil.rmtree(folder, ignore_errors=True)
+        return
+    train(folder, arguments)
+
+
+def train(folder: Path, arguments: argparse.Namespace) -> None:
+    """Disturb training runs; the JSON line is printed whatever goes wrong."""
+    started = time.monotonic()
+    outcomes: list[Outcome] = []
+    problem = None
+    try:
         campaign = Campaign(folder, arguments.seed)
         campaign.reference()
         kinds = iter(arguments.kinds * 10_000)
@@ -281,10 +284,16 @@ def main() -> None:
             outcomes.append(campaign.disturbed(len(outcomes), next(kinds)))
             if not arguments.json:
                 print(vars(outcomes[-1]), flush=True)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
     finally:
         if not arguments.keep:
             shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(summary(outcomes, arguments.minutes, arguments.seed)))
+    found = summary(outcomes, arguments.minutes, arguments.seed)
+    sizes = {"checkpoint_interval_steps": SAVE_STEPS, "optimiser_steps_per_run": STEPS}
+    print(json.dumps({**found, **sizes, "error": problem}))
+    if problem or found["runs_finished"] < found["runs"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
