@@ -7,21 +7,21 @@
 """
 
 import contextlib
-import json
 import os
 import posixpath
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ftray.core.errors import DataError
+from ftray.data.counts import Counts, counts_of
 from ftray.data.pairs import are_pairs
+from ftray.data.quarantine import Records
 from ftray.data.read import MANIFEST, STAMPS, window_name
-from ftray.data.store import Folder, Store, open_store, split_folder
+from ftray.data.store import Folder, Store, each_of, open_store, split_folder
 from ftray.data.work import Outcome
 
 QUARANTINE = "quarantine.jsonl"
@@ -131,9 +131,9 @@ class Dataset:
         source = self._source_number[outcome.unit.file]
         return [{**shard, "source": source} for shard in outcome.shards]
 
-    def commit(self, outcomes: Sequence[Outcome]) -> None:
+    def commit(self, outcomes: Sequence[Outcome], records: Records) -> None:
         """Write the quarantined rows and the manifest of a data set whose units are all prepared."""
-        self.write_quarantine(outcomes)
+        self.write_quarantine(outcomes, records)
         shards = [entry for outcome in outcomes for entry in self.entries(outcome)]
         stamps = self._stamps(shards)
         counts = counts_of(outcomes, self.identity["max_length"])
@@ -147,14 +147,13 @@ class Dataset:
         self.store.write_json(f"{self.name}/{MANIFEST}", content)
         self.store.write_json(f"{self.name}/{STAMPS}", stamps)
 
-    def write_quarantine(self, outcomes: Sequence[Outcome]) -> None:
+    def write_quarantine(self, outcomes: Sequence[Outcome], records: Records) -> None:
         """Write the rows of some units, in their order, that cannot be used."""
-        records = _with_file_lines(outcomes)
         with (
             self.store.writing(f"{self.name}/{QUARANTINE}") as path,
             path.open("w", encoding="utf-8") as file,
         ):
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.writelines(records.lines(outcomes))
 
     def check_counts(self, patterns: Sequence[str], max_quarantine: float) -> None:
         """Refuse a data set with nothing in it or with too many quarantined rows."""
@@ -181,7 +180,7 @@ class Dataset:
 
     def _stamps(self, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
         names = {shard["file"]: posixpath.normpath(f"{self.name}/{shard['file']}") for shard in shards}
-        return {file: self.store.stamp(name) for file, name in names.items()}
+        return dict(zip(names, each_of(self.store, self.store.stamp, list(names.values())), strict=True))
 
     def _by_source(self, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         """Counts of each source file, in the order of the sources."""
@@ -201,7 +200,7 @@ class Prefix:
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
         self._waiting: dict[int, Outcome] = {}
-        self._ready: list[Outcome] = []
+        self._units, self._counts = 0, Counts()
         self._shards: list[dict[str, Any]] = []
         self._windows = 0
         self._starts = [0]
@@ -214,53 +213,14 @@ class Prefix:
     def add(self, outcome: Outcome) -> None:
         """Take one outcome; each is taken once."""
         self._waiting[outcome.unit.index] = outcome
-        while (found := self._waiting.pop(len(self._ready), None)) is not None:
-            self._ready.append(found)
+        while (found := self._waiting.pop(self._units, None)) is not None:
+            self._units += 1
+            self._counts.add(found)
             self._shards += self.dataset.entries(found)
             size = self.dataset.window_shards
             while len(self._shards) >= size:
                 window, self._shards = self._shards[:size], self._shards[size:]
-                counts = counts_of(self._ready, self.dataset.identity["max_length"])
+                counts = self._counts.content(self.dataset.identity["max_length"])
                 self.dataset.write_window(self._windows, window, counts)
                 self._starts.append(self._starts[-1] + sum(shard["rows"] for shard in window))
                 self._windows += 1
-
-
-def counts_of(outcomes: Sequence[Outcome], max_length: int) -> dict[str, Any]:
-    """What became of the rows of some units."""
-    filtered = sum((outcome.filtered for outcome in outcomes), Counter[str]())
-    changed = sum((outcome.changed for outcome in outcomes), Counter[str]())
-    quarantined = Counter(record["reason"] for outcome in outcomes for record in outcome.quarantined)
-    shards = [shard for outcome in outcomes for shard in outcome.shards]
-    documents = sum(outcome.documents for outcome in outcomes)
-    split = sum(outcome.split for outcome in outcomes)
-    rows, tokens = sum(shard["rows"] for shard in shards), sum(shard["tokens"] for shard in shards)
-    counts = {
-        "rows": sum(outcome.rows for outcome in outcomes),
-        "documents": documents,
-        "pairs": sum(outcome.pairs for outcome in outcomes),
-        "split_documents": split,
-        "split_documents_fraction": split / max(1, documents),
-        "truncated_documents": sum(outcome.truncated for outcome in outcomes),
-        "filtered": dict(sorted(filtered.items())),
-        "changed": dict(sorted(changed.items())),
-        "quarantined": dict(quarantined.most_common()),
-        "packed_rows": rows,
-        "padding_fraction": 1 - tokens / (rows * max_length) if rows else 0.0,
-        "tokens": tokens,
-        "targets": sum(shard["targets"] for shard in shards),
-    }
-    assert counts["rows"] == documents + filtered.total() + quarantined.total(), counts
-    return counts
-
-
-def _with_file_lines(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Quarantine records with line numbers within the file, from 1."""
-    records = []
-    before: Counter[str] = Counter()
-    for outcome in outcomes:
-        first = before[outcome.unit.file] + 1
-        found = sorted(outcome.quarantined, key=lambda record: record["offset"])
-        records += [{**record, "line": record["line"] + first} for record in found]
-        before[outcome.unit.file] += outcome.lines
-    return records

@@ -5,6 +5,7 @@ its content. An unchanged corpus costs nothing, a new file costs only itself, a 
 units that are missing (`units.py`). Rows in = documents + filtered + quarantined, always.
 """
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +18,10 @@ from ftray.core.spec import dump
 from ftray.core.types import Progress, no_progress
 from ftray.data.dataset import QUARANTINE, Dataset, Prefix, mark_used
 from ftray.data.fingerprint import fingerprints
-from ftray.data.limit import QuarantineLimit
+from ftray.data.quarantine import QuarantineLimit, Records
 from ftray.data.read import FORMAT_VERSION
 from ftray.data.source import UNIT_BYTES, Unit, find_sources, split_units
-from ftray.data.store import Folder, open_store
+from ftray.data.store import Folder, each_of, open_store
 from ftray.data.tokenise import Tokeniser, tokeniser
 from ftray.data.transform.base import Barrier, Decider, Mask
 from ftray.data.transform.split import part_of
@@ -93,6 +94,8 @@ class Preparation:
         # Where a file lies is not part of what the data are.
         contents = [[entry["digest"], source.sample] for entry, source in zip(sources, found, strict=True)]
         digest = digest_json({**how, "sources": contents})
+        if data.drop_consumed:
+            how["own_shards"] = True  # which go as they are read, though another data set may have equal ones
         identity = {**how, "sources": sources, "digest": digest}
         name = f"{split}-{digest_json(identity).removeprefix('xxh3:')[:16]}"
         self.dataset = Dataset(self.store, name, identity, data.window_shards)
@@ -106,7 +109,7 @@ class Preparation:
             columns={str(name): column for name, column in data.columns.items()},
             block_chars=BLOCK_CHARS,
         )
-        self.how, self._is_read = how, False
+        self.how, self._is_read = {**how, **({"of": name} if data.drop_consumed else {})}, False
         self.units = split_units(found, UNIT_BYTES)
 
     @property
@@ -136,8 +139,8 @@ class Preparation:
         """
         self._is_read = is_read
         if not self.dataset.is_whole():
-            with self.dataset.preparing():
-                self.dataset.commit(self._run_units(run, progress, stop))
+            with self.dataset.preparing(), contextlib.closing(Records()) as records:
+                self.dataset.commit(self._run_units(run, progress, stop, records), records)
         self.dataset.check_counts(self.patterns, self.data.max_quarantine)
         mark_used(self.folder)
         return self.folder
@@ -150,13 +153,19 @@ class Preparation:
         places = [i for i, transform in enumerate(self.plan.transforms) if isinstance(transform, Barrier)]
         for number, place in enumerate(places):
             masks = [mask for _, mask in found]
-            outcomes = sorted(self._pass(run, place, self.units, masks), key=lambda o: o.unit.index)
+            outcomes = []
+            for outcome in self._pass(run, place, self.units, masks):
+                outcome.quarantined = []  # they are told by a preparation
+                outcomes.append(outcome)
+            outcomes.sort(key=lambda outcome: outcome.unit.index)
             decided = self.plan.transforms[place].keep([outcome.keys or [] for outcome in outcomes])  # type: ignore[union-attr]
             found = [(unit, (*mask, new)) for (unit, mask), new in zip(found, decided, strict=True)]
             progress(number + 1, len(places))
         return found
 
-    def _run_units(self, run: Runner, progress: Progress, stop: Callable[[], bool]) -> list[Outcome]:
+    def _run_units(
+        self, run: Runner, progress: Progress, stop: Callable[[], bool], records: Records
+    ) -> list[Outcome]:
         """Outcomes of all units in their order; one pass for each barrier, then the final one.
 
         A stream makes these passes over a window of units at a time.
@@ -164,9 +173,10 @@ class Preparation:
         places = [i for i, transform in enumerate(self.plan.transforms) if isinstance(transform, Barrier)]
         deciders = {place: self._decider(self.plan.transforms[place]) for place in places}
         size = self.data.window_shards if self.data.stream and places else max(1, len(self.units))
-        total = sum(unit.stop - unit.start for unit in self.units) * (len(places) + 1)
+        size_bytes = sum(unit.stop - unit.start for unit in self.units)
+        total = size_bytes * (len(places) + 1)
         done, outcomes, prefix = 0, list[Outcome](), Prefix(self.dataset)
-        limit = QuarantineLimit(self.data.max_quarantine, sum(unit.stop - unit.start for unit in self.units))
+        limits = {place: QuarantineLimit(self.data.max_quarantine, size_bytes) for place in [*places, None]}
         progress(0, total)
         for start in range(0, len(self.units), size):
             units = self.units[start : start + size]
@@ -174,10 +184,10 @@ class Preparation:
             for place in [*places, None]:
                 found: list[Outcome] = []
                 for outcome in self._pass(run, place, units, masks):
-                    found.append(outcome)
+                    found.append(records.take(outcome))
+                    if limits[place].passed(outcome):
+                        self._refuse(limits[place], [*outcomes, *found], records)
                     if place is None:
-                        if limit.passed(outcome):
-                            self._refuse(limit, [*outcomes, *found])
                         prefix.add(outcome)
                         self._wait_for_reader(prefix, stop)
                     done += outcome.unit.stop - outcome.unit.start
@@ -191,9 +201,10 @@ class Preparation:
             outcomes += found
         return outcomes
 
-    def _refuse(self, limit: QuarantineLimit, outcomes: list[Outcome]) -> NoReturn:
-        """End with what has been found so far."""
-        self.dataset.write_quarantine(sorted(outcomes, key=lambda outcome: outcome.unit.index))
+    def _refuse(self, limit: QuarantineLimit, outcomes: list[Outcome], records: Records) -> NoReturn:
+        """End with what has been found in the units that were judged."""
+        judged = [outcome for outcome in outcomes if outcome.unit.index < limit.units]
+        self.dataset.write_quarantine(sorted(judged, key=lambda outcome: outcome.unit.index), records)
         quarantined = dict(limit.quarantined.most_common())
         raise self.dataset.too_many(self.patterns, self.data.max_quarantine, limit.rows, quarantined)
 
@@ -212,9 +223,11 @@ class Preparation:
     ) -> Iterator[Outcome]:
         """Outcomes of units up to a barrier, or to the end: first what is remembered, then the rest."""
         tasks = []
-        for unit, mask in zip(units, masks, strict=True):
-            task = Task(unit, mask, place is None, self._key(unit, mask, place))
-            found = load_outcome(self.store, task.key, unit, final=task.final)
+        asked = [
+            Task(unit, mask, place is None, self._key(unit, mask, place))
+            for unit, mask in zip(units, masks, strict=True)
+        ]
+        for task, found in zip(asked, each_of(self.store, self._remembered, asked), strict=True):
             if found is None:
                 tasks.append(task)
             else:
@@ -229,6 +242,9 @@ class Preparation:
                         "set data.cache_dir to storage that all nodes share"
                     )
                 yield outcome
+
+    def _remembered(self, task: Task) -> Outcome | None:
+        return load_outcome(self.store, task.key, task.unit, final=task.final)
 
     def _key(self, unit: Unit, masks: Sequence[Mask], place: int | None) -> str:
         return unit_key(self.how, self.sources[unit.file]["digest"], unit, masks, place)

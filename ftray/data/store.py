@@ -8,15 +8,20 @@ import contextlib
 import json
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ftray.core.errors import DataError, FtrayError
 from ftray.core.fs import fsync_path, read_json, write_json
 
 Folder = Path | str
 """A folder of the local file system, or an fsspec URL."""
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+_REQUESTS, _BATCH = 16, 1024
+"""Requests at once to a remote store, and those whose answers may wait to be taken."""
 Stamp = list[Any]
 """What changes when a file does, without reading it: its size, and its time or etag."""
 
@@ -62,6 +67,16 @@ def open_store(location: Folder) -> Store:
     """The store at a folder or URL. Raises `DataError` if the URL's scheme needs what is not installed."""
     local = str(location).removeprefix("file://")
     return RemoteStore(local) if is_url(local) else LocalStore(Path(local).expanduser())
+
+
+def each_of(store: Store, work: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out]:
+    """Do what waits for a store with each item, in order: many at once where it is remote."""
+    if isinstance(store, LocalStore) or len(items) < 2:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(_REQUESTS, "ftray-store") as pool:
+        for start in range(0, len(items), _BATCH):
+            yield from pool.map(work, items[start : start + _BATCH])
 
 
 def split_folder(folder: Folder) -> tuple[Folder, str]:

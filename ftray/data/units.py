@@ -11,15 +11,19 @@ barrier decided about a unit's rows enters the unit's key: where the decision is
 
 import dataclasses
 import itertools
+import json
 import posixpath
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from ftray.core.errors import DataError
 from ftray.core.fs import digest_bytes, digest_file, digest_json
 from ftray.data.pack import Packed
 from ftray.data.shards import write_shard
@@ -32,6 +36,8 @@ _AFTER_ROWS = ("tokenizer", "chat_template_hash", "max_length", "packing", "over
 """What comes after the transforms, and so does not decide a barrier's keys."""
 
 
+_READ = ("lines", "rows")
+"""What is remembered of a unit with what a barrier compares, besides the rows that cannot be used."""
 _REMEMBERED = (
     "lines",
     "rows",
@@ -41,7 +47,6 @@ _REMEMBERED = (
     "truncated",
     "filtered",
     "changed",
-    "quarantined",
     "shards",
 )
 
@@ -94,16 +99,29 @@ def save_outcome(store: Store, key: str, outcome: Outcome) -> None:
     """Remember what became of a unit's rows, or the keys a barrier asks for."""
     if outcome.keys is not None:
         if all(isinstance(key, bytes) for key in outcome.keys):
-            table = pa.table({"key": pa.array(outcome.keys, pa.binary())})
+            about = {"about": json.dumps(_record(outcome, _READ))}
+            table = pa.table({"key": pa.array(outcome.keys, pa.binary())}).replace_schema_metadata(about)
             with store.writing(f"{key}.keys") as path, pa.ipc.new_file(str(path), table.schema) as writer:
                 writer.write_table(table)
         return
-    record = {name: getattr(outcome, name) for name in _REMEMBERED}
+    record = _record(outcome, _REMEMBERED)
+    store.write_json(f"{key}.json", {**record, "stamps": _stamps(store, outcome.shards)})
+
+
+def _record(outcome: Outcome, names: Sequence[str]) -> dict[str, Any]:
+    record = {name: getattr(outcome, name) for name in names}
     # Where the file lies is not part of what the rows are.
     record["quarantined"] = [
         {name: value for name, value in row.items() if name != "file"} for row in outcome.quarantined
     ]
-    store.write_json(f"{key}.json", {**record, "stamps": _stamps(store, outcome.shards)})
+    return record
+
+
+def _outcome(unit: Unit, record: Mapping[str, Any], **more: Any) -> Outcome:
+    quarantined = [{"file": unit.file, **row} for row in record["quarantined"]]
+    bad = Counter(row["reason"] for row in quarantined)
+    counters: dict[str, Any] = {n: Counter(record[n]) for n in ("filtered", "changed") if n in record}
+    return Outcome(unit, **{**record, **counters, "quarantined": quarantined, "bad": bad, **more})
 
 
 def load_outcome(store: Store, key: str, unit: Unit, *, final: bool) -> Outcome | None:
@@ -112,8 +130,7 @@ def load_outcome(store: Store, key: str, unit: Unit, *, final: bool) -> Outcome 
     A shard that changed since it was written is compared with its digest, named in a warning and forgotten.
     """
     if not final:
-        keys = _load_keys(store, key)
-        return None if keys is None else Outcome(unit, 0, keys=keys)
+        return _load_keys(store, key, unit)
     record = store.read_json(f"{key}.json")
     if not isinstance(record, dict):
         return None
@@ -129,24 +146,25 @@ def load_outcome(store: Store, key: str, unit: Unit, *, final: bool) -> Outcome 
             return None
     if now != known:
         store.write_json(f"{key}.json", {**record, "stamps": now})
-    quarantined = [{"file": unit.file, **row} for row in record.pop("quarantined")]
-    counters: dict[str, Any] = {name: Counter(record[name]) for name in ("filtered", "changed")}
-    return Outcome(unit, **{**record, **counters}, quarantined=quarantined)
+    return _outcome(unit, record)
 
 
-def _load_keys(store: Store, key: str) -> list[bytes] | None:
-    if store.stamp(f"{key}.keys") is None or not isinstance(store, LocalStore):
+def _load_keys(store: Store, key: str, unit: Unit) -> Outcome | None:
+    if store.stamp(f"{key}.keys") is None:
         return None
-    try:
-        with pa.memory_map(str(store.folder(f"{key}.keys"))) as source:
-            found: list[bytes] = pa.ipc.open_file(source).read_all()["key"].to_pylist()
-            return found
-    except (pa.ArrowInvalid, OSError):
-        return None
+    with tempfile.TemporaryDirectory(prefix="ftray-get-") as folder:
+        path = Path(folder) / "keys"
+        try:
+            store.fetch(f"{key}.keys", path)
+            table = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
+            about = json.loads((table.schema.metadata or {})[b"about"])
+        except (pa.ArrowInvalid, DataError, OSError, KeyError, ValueError):
+            return None
+    return _outcome(unit, about, keys=table["key"].to_pylist())
 
 
 def _stamps(store: Store, shards: Sequence[Mapping[str, Any]]) -> list[Stamp | None]:
-    return [store.stamp(shard_name(shard)) for shard in shards]
+    return [store.stamp(shard_name(shard)) for shard in shards]  # of one unit, so few
 
 
 def _is_whole(store: Store, name: str, digest: str) -> bool:

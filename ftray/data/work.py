@@ -85,8 +85,10 @@ class Outcome:
     """What transforms changed, by rule."""
     filtered: Counter[str] = field(default_factory=Counter)
     """Rows filtered out, by rule."""
+    bad: Counter[str] = field(default_factory=Counter)
+    """Rows that could not be used, by reason."""
     quarantined: list[dict[str, Any]] = field(default_factory=list)
-    """One record for each row that could not be used: file, offset, line (in the unit), reason."""
+    """One record for each of them: file, offset, line (in the unit), reason."""
     shards: list[dict[str, Any]] = field(default_factory=list)
     """The shards' manifest entries; none if no row is left."""
     keys: list[bytes] | None = None
@@ -178,4 +180,5 @@ def _packed(plan: Plan, outcome: Outcome, rows: pa.Table) -> Packed | None:
 
 
 def _quarantine(outcome: Outcome, offset: int, line: int, reason: str) -> None:
+    outcome.bad[reason] += 1
     outcome.quarantined.append({"file": outcome.unit.file, "offset": offset, "line": line, "reason": reason})

@@ -15,7 +15,7 @@ from ftray.config.recipe import DataConfig
 from ftray.core.errors import DataError
 from ftray.data import prepare as prepare_module
 from ftray.data.batch import collate
-from ftray.data.prepare import Preparation, prepare_local
+from ftray.data.prepare import prepare_local
 from ftray.data.read import IGNORE_INDEX, Shards
 from ftray.testing.tiny import byte_tokenizer
 
@@ -56,32 +56,6 @@ def test_every_document_is_in_the_shards(write_rows: WriteRows, config: Make, to
     size = source.stat().st_size
     assert calls[0] == (0, size) and calls[-1] == (size, size)
     assert records(folder) == []
-
-
-def test_too_many_bad_rows_are_told_early(
-    write_rows: WriteRows, config: Make, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not after a whole corpus whose rows lack a field; and not because the first rows of many are bad."""
-    monkeypatch.setattr(prepare_module, "UNIT_BYTES", 4000)
-    row = {"text": "x" * 80}
-    worked: list[int] = []
-
-    def run(work: Any, tasks: Any) -> Any:
-        for task in tasks:
-            worked.append(task.unit.index)
-            yield work(task)
-
-    data = config(write_rows([{"test": "x" * 80}] * 8000), max_quarantine=0.05)
-    preparation = Preparation(data, tokenizer_folder)
-    with pytest.raises(
-        DataError, match=r"rows cannot be used, more than max_quarantine 0\.05 allows: "
-    ) as caught:
-        preparation.run(run)
-    assert 20 < len(worked) < len(preparation.units) / 4
-    quarantine = Path(str(caught.value).rpartition("see ")[2])
-    assert len(quarantine.read_text().splitlines()) > 1000
-    fine = config(write_rows([{"test": "x"}] * 300 + [row] * 6000), max_quarantine=0.05)
-    assert Shards(prepare_local(fine, tokenizer_folder)).manifest["counts"]["documents"] == 6000
 
 
 def test_a_batch_of_shard_rows(write_rows: WriteRows, config: Make, tokenizer_folder: str) -> None:

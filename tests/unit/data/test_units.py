@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from ftray.core.fs import digest_tree
 from ftray.data import fingerprint, prepare, units
 from ftray.data.prepare import Preparation, Stopped, prepare_local
 from ftray.data.read import Shards
+from ftray.data.store import each_of, open_store
 
 Make = Callable[..., DataConfig]
 WriteRows = Callable[..., Path]
@@ -53,6 +55,29 @@ def test_a_new_file_costs_only_itself(
     assert more.shards[: len(first.shards)] == first.shards and more.digest != first.digest
     assert len(more.manifest["source_counts"]) == 3
     assert more.manifest["source_counts"][2]["documents"] == 30
+
+
+def test_a_barrier_s_keys_are_remembered_behind_a_url(
+    write_rows: WriteRows, config: Make, tokenizer_folder: str, worked_on: list[str]
+) -> None:
+    folder = write_rows(rows("b"), "b.jsonl").parent
+    url = f"memory://{folder.name}/cache"
+    data = config(str(folder / "*.jsonl"), transforms=["dedup"], cache_dir=url)
+    prepare_local(data, tokenizer_folder)
+    worked_on.clear()
+    write_rows(rows("c", 3), "c.jsonl")
+    prepare_local(data, tokenizer_folder)
+    assert worked_on == ["c.jsonl keys", "c.jsonl"]
+
+
+def test_requests_to_a_remote_store_wait_together() -> None:
+    together = threading.Barrier(8)
+
+    def ask(number: int) -> int:
+        together.wait(20)
+        return number
+
+    assert list(each_of(open_store("memory://bucket/any"), ask, list(range(16)))) == list(range(16))
 
 
 def test_a_barrier_s_decision_enters_the_key_of_what_it_changes(
