@@ -1,6 +1,8 @@
 """From a data set's shards and a recipe's `data` section to the order of its rows."""
 
+import dataclasses
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from ftray.config.recipe import DataConfig
@@ -37,6 +39,24 @@ def arrange(manifest: dict[str, Any], data: DataConfig, global_batch_size: int, 
         ranges = tuple((begin, begin + length) for begin, length in zip(starts, windows, strict=True))
         parts.append(Part(entry.source, entry.weight, ranges, entry.max_epochs))
     return Mixture(sum(rows), global_batch_size, seed, parts=tuple(parts))
+
+
+def grown(order: Order, shards: Sequence[dict[str, Any]], window_shards: int) -> Order:
+    """The order of a data set that has become longer, without a look at the windows that stay as they are."""
+    whole = max(0, len(order.windows) - 1)  # the last one may have been cut short
+    rows = [shard["rows"] for shard in shards[whole * window_shards :]]
+    windows = (*order.windows[:whole], *_sums(rows, window_shards))
+    return dataclasses.replace(order, num_rows=sum(windows), windows=windows)
+
+
+def spans_of(manifest: dict[str, Any], data: DataConfig) -> list[tuple[int, int]]:
+    """Runs [start, stop) of shards with windows of their own: those of every source of a mixture, or all."""
+    shards = manifest["shards"]
+    if not data.mixture:
+        return [(0, len(shards))]
+    patterns = [manifest["sources"][shard["source"]]["pattern"] for shard in shards]
+    starts = [n for n, pattern in enumerate(patterns) if n == 0 or pattern != patterns[n - 1]]
+    return list(pairwise([*starts, len(shards)]))
 
 
 def _sums(rows: Sequence[int], window_shards: int) -> list[int]:

@@ -92,6 +92,8 @@ class NodeCache:
                 stat = path.stat()
                 if path.suffix.startswith(".tmp-") and stat.st_mtime < time.time() - _WAIT_S:
                     path.unlink()  # of a process that was killed
+                elif path.suffix.startswith(".tmp-"):
+                    size_bytes += stat.st_size
                 elif not path.suffix:
                     copies.append((stat.st_mtime, stat.st_size, path))
         room = self.max_bytes - size_bytes - sum(size for _, size, _ in copies)

@@ -17,6 +17,8 @@ from ftray.data.order import Order, windowed
 
 Ints = npt.NDArray[np.int64]
 
+_MIN_SHARE = 1e-6
+"""Of what is rarer, not one row would come in a training of usual length."""
 _BITS = 30
 """Shares are multiples of 2^-30; products with positions stay exact in 64 bits."""
 
@@ -62,7 +64,8 @@ class Mixture(Order):
     """An order over several sources.
 
     Raises:
-        DataError: by `rows`, for a position after which every source has reached its `max_epochs`.
+        DataError: for a weight next to nothing; by `rows`, for a position after which every source has reached its
+            `max_epochs`.
     """
 
     parts: tuple[Part, ...] = ()
@@ -71,6 +74,13 @@ class Mixture(Order):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        total = sum(part.weight for part in self.parts)
+        for part in self.parts:
+            if part.weight < _MIN_SHARE * total:
+                raise DataError(
+                    f"data.mixture: {part.name}: weight {part.weight:g} is less than a millionth of all; "
+                    "give it more, or leave it out"
+                )
         stages = [_Stage(0, (0,) * len(self.parts), tuple(range(len(self.parts))))]
         while (after := self._next_stage(stages[-1])) is not None:
             stages.append(after)
@@ -83,7 +93,7 @@ class Mixture(Order):
         for number, part in enumerate(self.parts):
             mine = sources == number
             if mine.any():
-                rows[mine] = _source_rows(part, places[mine], self.seed, number)
+                rows[mine] = source_rows(part, places[mine], self.seed, number)
         return rows
 
     def epochs(self, positions: Ints) -> Ints:
@@ -183,7 +193,7 @@ def _first(shares: Sequence[int], place: int, count: int) -> int:
     return low
 
 
-def _source_rows(part: Part, places: Ints, seed: int, number: int) -> Ints:
+def source_rows(part: Part, places: Ints, seed: int, number: int) -> Ints:
     """Rows of the data set at ascending places of a source's own endless sequence."""
     lens = np.array([stop - start for start, stop in part.row_ids], np.int64)
     # Sources of equal size must not be shuffled alike.

@@ -3,7 +3,6 @@
 import bisect
 import contextlib
 import functools
-import itertools
 import posixpath
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -119,8 +118,9 @@ class Shards:
         self._good: set[str] = set()
 
     def _add(self, shards: Sequence[dict[str, Any]]) -> None:
-        self.shards = [*self.shards, *shards]
-        self._starts = list(itertools.accumulate((shard["rows"] for shard in self.shards), initial=0))
+        for shard in shards:
+            self.shards.append(shard)
+            self._starts.append(self._starts[-1] + shard["rows"])
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -165,6 +165,14 @@ class Shards:
             with contextlib.suppress(DataError, OSError):
                 for number in numbers:
                     self._file(number)
+
+    def start_of(self, number: int) -> int:
+        """The first row of a shard; of the one past the last, the number of rows."""
+        return self._starts[number]
+
+    def keep(self, numbers: Iterable[int]) -> None:
+        """Unmap all shards but these."""
+        self.release(set(self._mapped) - set(numbers))
 
     def release(self, numbers: Iterable[int]) -> None:
         """Unmap shards that are not read for now."""

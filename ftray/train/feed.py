@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from ftray.config.recipe import DataConfig
 from ftray.core.errors import DataError
-from ftray.data.arrange import arrange
+from ftray.data.arrange import arrange, grown, spans_of
 from ftray.data.batch import Batch, collate
 from ftray.data.cache import NodeCache
 from ftray.data.dataset import mark_used
@@ -54,7 +55,10 @@ class Feed:
             else Shards(train, verify=False, cache=cache)
         )
         self.validation = Shards(validation, verify=False, cache=cache) if validation else None
-        self._data, self._dropped, self._window = data, 0, -1
+        self._data, self._dropped, self._counted = data, 0, 0
+        self._uses: Counter[str] = Counter()
+        self._windows: dict[int, int] = {}
+        self._sources = spans_of(self._manifest(), data) if data.mixture else []
         self._ahead: threading.Thread | None = None
         self.order = self._arrange(global_batch_size, seed)
         self.strategy, self.micro_batch_size = strategy, micro_batch_size
@@ -96,8 +100,7 @@ class Feed:
         """
         end = self.order.position(step + 1)
         if isinstance(self.shards, GrowingShards) and self.shards.ensure(end):
-            grown = self._arrange(self.order.global_batch_size, self.order.seed)
-            self.order = dataclasses.replace(grown, offset=self.order.offset)
+            self.order = grown(self.order, self.shards.shards, self._data.window_shards)
         if self._data.drop_consumed and end > len(self.shards):
             raise DataError(
                 f"data.drop_consumed: step {step + 1} needs rows a second time that are dropped after the first; "
@@ -107,16 +110,21 @@ class Feed:
 
     def _move(self, rows: npt.NDArray[np.int64]) -> None:
         """Unmap windows that are left behind and fetch the next one ahead, where shards are remote."""
-        if not self.shards.is_remote or not (rows >= 0).any():
+        if not self.shards.is_remote:
             return
-        size = self._data.window_shards
-        window = self.shards.shard_of(int(rows.max())) // size
-        if window == self._window or self._data.mixture:
+        shards, size, ahead = self.shards, self._data.window_shards, list[int]()
+        moved = False
+        for start, stop in self._sources or [(0, len(shards.shards))]:
+            mine = rows[(rows >= shards.start_of(start)) & (rows < shards.start_of(stop))]
+            if len(mine):
+                begin = start + (shards.shard_of(int(mine.max())) - start) // size * size
+                if self._windows.get(start) != begin:
+                    self._windows[start] = begin
+                    ahead += range(min(begin + size, stop), min(begin + 2 * size, stop))
+                    moved = True
+        if not moved:
             return
-        self._window = window
-        begin, end = window * size, (window + 1) * size
-        self.shards.release(n for n in range(len(self.shards.shards)) if not begin <= n < end)
-        ahead = range(end, min(end + size, len(self.shards.shards)))
+        shards.keep(n for begin in self._windows.values() for n in range(begin, begin + size))
         if self._ahead is not None:
             self._ahead.join()
         self._ahead = threading.Thread(target=self.shards.prefetch, args=(ahead,), daemon=True)
@@ -126,20 +134,21 @@ class Feed:
         """Remove the shards of windows that end at a position or before, if the recipe says so (on rank 0)."""
         if not self._data.drop_consumed:
             return
-        numbers, rows = range(self._dropped, len(self.shards.shards)), 0
-        size = self._data.window_shards
-        for start in range(0, len(self.shards.shards) - size + 1, size):
-            rows += sum(shard["rows"] for shard in self.shards.shards[start : start + size])
-            if rows > position:
-                break
-            numbers = range(self._dropped, start + size)
-            later = {shard["file"] for shard in self.shards.shards[start + size :]}
-            self.shards.drop([n for n in numbers if self.shards.shards[n]["file"] not in later])
-            self._dropped = start + size
+        shards, size = self.shards.shards, self._data.window_shards
+        self._uses.update(shard["file"] for shard in shards[self._counted :])
+        self._counted = len(shards)
+        while (end := self._dropped + size) <= len(shards) and self.shards.start_of(end) <= position:
+            numbers = range(self._dropped, end)
+            self._uses.subtract(shards[n]["file"] for n in numbers)
+            # Equal units have the same shards, which may come again.
+            self.shards.drop([n for n in numbers if not self._uses[shards[n]["file"]]])
+            self._dropped = end
 
     def _arrange(self, global_batch_size: int, seed: int) -> Order:
-        manifest = {**self.shards.manifest, "shards": self.shards.shards}
-        return arrange(manifest, self._data, global_batch_size, seed)
+        return arrange(self._manifest(), self._data, global_batch_size, seed)
+
+    def _manifest(self) -> dict[str, Any]:
+        return {**self.shards.manifest, "shards": self.shards.shards}
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro batches of a step."""

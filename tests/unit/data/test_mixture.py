@@ -101,6 +101,12 @@ def test_a_cap_gives_the_share_to_the_others() -> None:
     assert np.array_equal(np.bincount(rows[rows < 100], minlength=100), np.full(100, 2))
 
 
+def test_a_weight_next_to_nothing_is_refused() -> None:
+    """Its share would be none at all, and no position the one at which its cap is reached."""
+    with pytest.raises(DataError, match="s1: weight 1e-10 is less than a millionth of all"):
+        mixture([(10, 1, None), (20, 1e-10, 1.0), (5, 1, None)])
+
+
 def test_all_capped() -> None:
     order = mixture([(10, 1, 1.0), (20, 1, 1.0)])
     assert np.array_equal(np.sort(order.rows(np.arange(30))), np.arange(30))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +12,14 @@ import pytest
 
 from ftray.config.recipe import DataConfig
 from ftray.core.errors import DataError
+from ftray.core.spec import parse
 from ftray.data import prepare
 from ftray.data.cache import NodeCache
 from ftray.data.grow import Background, GrowingShards
 from ftray.data.prepare import Preparation, prepare_local
 from ftray.data.read import Shards
+from ftray.strategy.single import Single
+from ftray.train.feed import Feed
 from ftray.train.io import LocalIO
 from ftray.train.track.jsonl import read_records
 from ftray.train.worker import train
@@ -116,6 +120,35 @@ def test_windows_of_a_remote_data_set(write_rows: WriteRows, config: Make, token
     shards.ensure(10**9)
     background.close()
     assert shards.shards == Shards(background.folder).shards
+
+
+def test_a_mixture_lets_go_of_windows(
+    write_rows: WriteRows, config: Make, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    paths = [str(corpus(write_rows)), str(write_rows([{"text": f"other {i}"} for i in range(50)], "b.jsonl"))]
+    settings = {"train": paths, "mixture": {paths[0]: 3, paths[1]: 1}, "packing": False, "window_shards": 2}
+    fields = {"cache_dir": URL, "max_length": 64, "node_cache_gb": 1e-4, **settings}
+    data = parse(DataConfig, fields)
+    folder = prepare_local(data, tokenizer_folder)
+    feed = Feed(folder, None, Single(), data, global_batch_size=8, micro_batch_size=8, seed=0)
+    mapped, seen = [], []
+    for step in range(25):
+        seen += [int(row) for batch in feed.batches(step) for row in batch.row_ids]
+        mapped.append(len(feed.shards._mapped))
+    assert len(feed.shards.shards) > 10 and len(set(seen)) > 150
+    assert max(mapped) <= 2 * 2 * 2, "two windows of two shards of each source at most"
+    assert feed._ahead is not None, "the next windows are fetched"
+
+
+def test_what_a_killed_fetch_left_goes(tmp_path: Path, write_rows: WriteRows, config: Make) -> None:
+    cache = NodeCache(tmp_path / "node", max_bytes=1000)
+    cache.folder.mkdir()
+    old, new, copy = (cache.folder / name for name in ("a.tmp-0", "b.tmp-0", "c"))
+    for path in (old, new, copy):
+        path.write_bytes(b"x" * 500)
+    os.utime(old, (time.time() - 90_000,) * 2)
+    cache._make_room(400)
+    assert not old.exists() and new.exists() and not copy.exists(), "one under way takes room"
 
 
 def test_a_run_over_remote_shards(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -113,6 +113,16 @@ def test_consumed_windows_are_dropped(
         train(make_recipe("again", **settings), LocalIO(tmp_path / "again"))
 
 
+def test_shards_that_others_use_are_not_dropped(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Another data set of the same rows, and one that has them among others."""
+    before = make_recipe("before", **changes(tmp_path, "drop"))
+    whole = Preparation(before.data, before.model.tokenizer).run()
+    recipe = make_recipe("drop", **changes(tmp_path, "drop", data__stream=True, data__drop_consumed=True))
+    result = train(recipe, LocalIO(tmp_path / "run"), stop_at=15)
+    assert result.step == 15
+    assert len(Shards(whole, verify=True)) > 0
+
+
 def test_a_preparation_that_nobody_reads_waits_for_nobody(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
