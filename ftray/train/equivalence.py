@@ -8,6 +8,7 @@ must be equal is the loss of the *same* documents in other rows, and that is wha
 
 import contextlib
 import dataclasses
+import math
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +59,6 @@ def compare(recipe: Recipe, steps: int = 10) -> list[Difference]:
         FtrayError: what stops a variant.
     """
     recipe.require_own_loop("`ftray check --equivalence`")
-    recipe.require_own_loop("a comparison of losses")
     with tempfile.TemporaryDirectory() as folder:
         variants = variants_of(_shrunk(recipe, Path(folder)))
         found: dict[str, list[float]] = {}
@@ -157,8 +157,10 @@ def _without_dropout(module: Any) -> None:
 
 
 def largest_difference(losses: list[float], reference: list[float]) -> float:
-    """Largest relative difference of two curves."""
-    pairs = zip(losses, reference, strict=True)
+    """Largest relative difference of two curves; infinite if a loss of either is not finite."""
+    pairs = list(zip(losses, reference, strict=True))
+    if not all(math.isfinite(loss) and math.isfinite(known) for loss, known in pairs):
+        return math.inf  # `max` would pass over a NaN
     return max(abs(loss - known) / max(abs(known), 1e-12) for loss, known in pairs)
 
 

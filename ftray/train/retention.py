@@ -1,6 +1,7 @@
 """Which checkpoints stay: the newest, the best, and those that something refers to."""
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -61,6 +62,6 @@ def prune(folder: Path, keep: int, keep_best: bool) -> None:
 def _eval_loss(path: Path) -> float | None:
     try:
         found: float | None = read_json(path / "manifest.json")["state"].get("eval_loss")
-        return found
+        return found if found is not None and math.isfinite(found) else None
     except FtrayError:
         return None

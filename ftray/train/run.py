@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ class Run:
     checkpoints: Checkpoints
     clock: Clock
     state: State
+    stop_at: int | None = None
+    """Step after which this part of a longer run ends."""
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Metrics of the last step."""
 
@@ -77,6 +80,10 @@ class Run:
         """Fraction of the run that is done; 1 also if validation has not got better for too long."""
         over = early.is_over(self.recipe.train, self.state)
         return 1.0 if over else self.clock.progress(self.state.step)
+
+    def is_over(self, progress: float) -> bool:
+        """True if no step follows here."""
+        return progress >= 1 or self.state.step == self.stop_at
 
     def published(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block the model has the weights that are validated and published."""
@@ -154,8 +161,11 @@ class Run:
         metrics = {"eval_loss": loss_of(objective, means), **named}
         self.record |= metrics
         self.state = early.after_validation(self.recipe.train, self.state, metrics["eval_loss"])
-        best = min(metrics["eval_loss"], self.state.best_eval_loss or math.inf)
-        self.state = dataclasses.replace(self.state, eval_loss=metrics["eval_loss"], best_eval_loss=best)
+        if not math.isfinite(metrics["eval_loss"]) and self.recipe.strategy.dp_rank == 0:
+            warnings.warn(
+                f"step {self.state.step}: eval_loss is {metrics['eval_loss']}; it is no gain and never the best",
+                stacklevel=2,
+            )
         return metrics
 
     @property

@@ -57,11 +57,11 @@ def _train(
     recipe: Recipe, io: IO, start_from: Path | None, stop_at: int | None, accept_changed_data: bool
 ) -> Result:
     """The loop; what it holds can be let go of once it has failed."""
-    run = begin(recipe, io, start_from, accept_changed_data)
+    run = begin(recipe, io, start_from, accept_changed_data, stop_at)
     try:
         run.start()
         progress = run.progress()
-        while progress < 1 and run.state.step != stop_at:
+        while not run.is_over(progress):
             progress = one_step(run, progress)
             if progress < 1:
                 run.heed()
@@ -71,7 +71,10 @@ def _train(
 
 
 def one_step(run: Run, progress: float) -> float:
-    """One optimiser step, and whatever is due after it; returns the run's new progress."""
+    """One optimiser step, and whatever is due after it; returns the run's new progress.
+
+    The last step's checkpoint is taken at the end of the run, when its validation loss is known.
+    """
     recipe, step = run.recipe, run.state.step
     torch.manual_seed(step_seed(recipe.seed, step, recipe.strategy.dp_rank))
     scale = recipe.lr_scheduler.scale(step, progress)
@@ -88,12 +91,19 @@ def one_step(run: Run, progress: float) -> float:
         progress = run.progress()
     if validates or due(run.state.step, recipe.train.logging_steps) or progress >= 1:
         run.log()
-    if due(run.state.step, recipe.train.save_steps) or (recipe.train.save_best and run.is_best):
+    saves = due(run.state.step, recipe.train.save_steps) or (recipe.train.save_best and run.is_best)
+    if saves and not run.is_over(progress):
         run.commit()
     return progress
 
 
-def begin(recipe: Recipe, io: IO, start_from: Path | None, accept_changed_data: bool = False) -> Run:
+def begin(
+    recipe: Recipe,
+    io: IO,
+    start_from: Path | None,
+    accept_changed_data: bool = False,
+    stop_at: int | None = None,
+) -> Run:
     """Everything a run needs before its first step, restored from its newest checkpoint or from `start_from`."""
     strategy, settings = recipe.strategy, recipe.train
     main = strategy.dp_rank == 0
@@ -143,7 +153,7 @@ def begin(recipe: Recipe, io: IO, start_from: Path | None, accept_changed_data: 
     if main:
         io.open(recipe, state.step)
     clock = Clock(settings, len(feed.shards), strategy, state)
-    return Run(recipe, io, feed, engine, checkpoints, clock, state)
+    return Run(recipe, io, feed, engine, checkpoints, clock, state, stop_at)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

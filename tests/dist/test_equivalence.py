@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def test_sound(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFi
     ):
         assert name in text
     assert "differs" not in text and text.rstrip().endswith("ok")
+
+
+@pytest.mark.parametrize(
+    ("losses", "reference"),
+    [([1.0, nan], [1.0, 1.0]), ([1.0, 1.0], [1.0, nan]), ([1.0, nan], [1.0, nan]), ([inf, 1.0], [inf, 1.0])],
+)
+def test_what_is_not_finite_differs(losses: list[float], reference: list[float]) -> None:
+    relative = largest_difference(losses, reference)
+    assert relative == inf
+    row = Difference("spread", relative, losses)
+    assert "spread  inf  <- differs" in table([row, row])[1]
 
 
 @pytest.mark.parametrize("packing", [True, False])

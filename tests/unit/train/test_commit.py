@@ -178,6 +178,17 @@ def kept(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.parametrize("stop_at", [None, 4])
+def test_the_last_checkpoint_knows_its_validation_loss(make_recipe: MakeRecipe, stop_at: int | None) -> None:
+    """Also where `save_steps` divides the last step, or a segment ends."""
+    settings = {"train__save_steps": 2, "train__eval_steps": 2, "train__save_best": True}
+    recipe = make_recipe(**settings, train__max_steps=6)
+    result = train(recipe, LocalIO(Path(recipe.output_dir) / recipe.name), stop_at=stop_at)
+    state = read_json(result.checkpoint / "manifest.json")["state"]
+    assert state["step"] == (stop_at or 6)
+    assert state["eval_loss"] == result.metrics["eval_loss"] == state["best_eval_loss"]
+
+
 def test_the_best_and_the_pinned_stay(make_recipe: MakeRecipe) -> None:
     """A rate that ruins the model after a while: the best checkpoint is an early one."""
     recipe = make_recipe(
@@ -186,7 +197,7 @@ def test_the_best_and_the_pinned_stay(make_recipe: MakeRecipe) -> None:
         train__save_steps=3,
         train__save_best=True,
         train__save_total_limit=1,
-        optim__learning_rate=0.3,
+        optim__learning_rate=0.6,
     )
     folder = Path(recipe.output_dir) / recipe.name
 
@@ -196,7 +207,7 @@ def test_the_best_and_the_pinned_stay(make_recipe: MakeRecipe) -> None:
 
     train(recipe, LocalIO(folder, on_record=look))
     records = read_records(folder / "metrics.jsonl")
-    seen = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r and not r.get("final")}
+    seen = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
     best = min(seen, key=lambda step: (seen[step], step))
     assert best < 12, "the last is not the best"
     assert kept(folder) == sorted({best, 3, 12})

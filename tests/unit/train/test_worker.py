@@ -173,6 +173,7 @@ def test_bf16_goes_on_as_if_never_stopped(make_recipe: MakeRecipe, optim: str, b
     assert losses(parts) == losses(whole)
 
 
+@pytest.mark.filterwarnings("ignore:step .*eval_loss is:UserWarning")
 def test_infinite_loss_moves_nothing(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(objective={"type": "tests.slow_objective:Infinite"}, train__nan_policy="skip")
     records = read_records(run(recipe).run_dir / "metrics.jsonl")
@@ -190,6 +191,7 @@ def test_one_tracker_by_name(make_recipe: MakeRecipe) -> None:
     assert make_recipe(tracking="wandb").tracking == make_recipe(tracking=["wandb"]).tracking
 
 
+@pytest.mark.filterwarnings("ignore:step .*eval_loss is:UserWarning")
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_not_finite_moves_nothing(make_recipe: MakeRecipe, policy: str) -> None:
     # A learning rate that overflows float32 within a step or two.
