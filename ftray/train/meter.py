@@ -1,5 +1,6 @@
 """How fast a run goes: tokens a second, fraction of the machine's peak, memory, time left."""
 
+import math
 import resource
 import sys
 import time
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ftray.model.shard import whole_shape
 from ftray.optim.first_order import FirstOrder, StepReport
 from ftray.strategy.base import Strategy
 from ftray.train.peak import matmul_peak
@@ -30,13 +32,14 @@ class Flops:
         used = (getattr(config, "num_experts_per_tok", None) or 1) / experts
         self.per_token = self.per_target = 0.0
         for parameter in model.parameters():
-            if parameter.ndim < 2:
+            shape = whole_shape(parameter)
+            if len(shape) < 2:
                 continue
-            cost = (6.0 if parameter.requires_grad else 4.0) * parameter.numel()
+            cost = (6.0 if parameter.requires_grad else 4.0) * math.prod(shape)
             if id(parameter) in head_ids:
                 self.per_target += cost
             elif id(parameter) not in tables:
-                self.per_token += cost * (used if parameter.ndim == 3 else 1.0)
+                self.per_token += cost * (used if len(shape) == 3 else 1.0)
         heads = getattr(config, "num_attention_heads", 0)
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
         # Two products forward and four backward of which a causal mask leaves half.
