@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ftray.data.mixture import Mixture, Part
+from ftray.data.mixture import Mixture, Part, source_rows
 from ftray.data.order import Order
 
 ROWS, RANKS = 10**9, 1024
@@ -59,10 +59,45 @@ def check(order: Order, ranks: int, window: int | None) -> int:
         crosses = step * order.global_batch_size % order.num_rows + order.global_batch_size > order.num_rows
         if not crosses and not isinstance(order, Mixture):
             assert len(np.unique(whole)) == len(whole), f"step {step}: a row twice"
-    if window and not isinstance(order, Mixture):
-        first = np.concatenate([order.batch(step) for step in range(window // order.global_batch_size)])
-        assert np.array_equal(np.sort(first), np.arange(len(first))), "the first window is not a permutation"
+    if isinstance(order, Mixture):
+        check_mixture(order)
+    elif window:
+        check_windows(order, window)
     return len(checked)
+
+
+def check_windows(order: Order, window: int) -> None:
+    """The first windows, the last, and some drawn at random, in two epochs: each has its own rows, each once."""
+    last = (order.num_rows - 1) // window
+    numbers = {0, 1, last, *np.random.default_rng(1).integers(0, last + 1, 5).tolist()}
+    for epoch in (0, 2):
+        for number in numbers:
+            begin, end = number * window, min((number + 1) * window, order.num_rows)
+            rows = order.rows(epoch * order.num_rows + np.arange(begin, end))
+            assert np.array_equal(np.sort(rows), np.arange(begin, end)), f"window {number} of epoch {epoch}"
+
+
+def check_mixture(order: Mixture) -> None:
+    """Shares at the begin and far on; and of windows of every source, that each row comes once in a pass."""
+    weights = np.array([part.weight for part in order.parts])
+    bounds = np.array([part.row_ids[0][0] for part in order.parts] + [order.num_rows])
+    for start in (0, order.num_rows, 7 * order.num_rows + 12_345):
+        positions = start + np.arange(60_000)
+        rows = order.rows(positions)
+        found = np.histogram(rows, bounds)[0] / len(rows)
+        assert np.abs(found / (weights / weights.sum()) - 1).max() < 0.01, f"shares at {start}: {found}"
+        sources, places = order.draw(positions)
+        assert np.array_equal(np.searchsorted(bounds, rows, side="right") - 1, sources), f"sources at {start}"
+        for number, part in enumerate(order.parts):
+            mine = places[sources == number]
+            assert (np.diff(mine) == 1).all(), f"{part.name}: a place left out or taken twice at {start}"
+    for number, part in enumerate(order.parts):
+        begin, end = part.row_ids[-1]
+        for first in (0, begin - part.row_ids[0][0]):
+            size = part.row_ids[0][1] - part.row_ids[0][0] if first == 0 else end - begin
+            rows = source_rows(part, part.num_rows + first + np.arange(size), order.seed, number)
+            expected = np.arange(size) + part.row_ids[0][0] + first
+            assert np.array_equal(np.sort(rows), expected), f"{part.name}: the window at {first}"
 
 
 def cpu_us(work: Callable[[int], Any], repeats: int) -> float:

@@ -1,11 +1,16 @@
 """The data order: a bijection per epoch, and the same at every number of workers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.order import BATCH, RANKS, ROWS, WINDOW, build, check, measure
+from benchmarks.order import BATCH, RANKS, ROWS, WINDOW, build, check, check_mixture, check_windows, measure
+from ftray.config.recipe import DataConfig
+from ftray.data.arrange import arrange, grown
+from ftray.data.mixture import Ints, Mixture
 from ftray.data.order import PADDING, Order, Permutation, dp_slice
 
 
@@ -99,6 +104,52 @@ def test_a_window_s_rows_do_not_depend_on_what_follows() -> None:
     """What is trained while the rest is prepared is what would be trained if all were there."""
     whole, begun = Order(90, 7, 3, windows=(40, 30, 20)), Order(70, 7, 3, windows=(40, 30))
     assert all(np.array_equal(whole.batch(k), begun.batch(k)) for k in range(10))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 5), st.integers(1, 30))
+@settings(max_examples=60, deadline=None)
+def test_an_order_that_grows_is_that_of_the_whole(rows: list[int], window_shards: int, first: int) -> None:
+    shards = [{"rows": count} for count in rows]
+    data = DataConfig(train=["any"], window_shards=window_shards)
+    begun = replace(arrange({"shards": shards[:first]}, data, 4, 7), offset=3)
+    whole = arrange({"shards": shards}, data, 4, 7)
+    assert grown(begun, shards, window_shards) == replace(whole, offset=3)
+
+
+class Repeating(Mixture):
+    """Takes every second row twice."""
+
+    def rows(self, positions: Ints) -> Ints:
+        return super().rows(positions - positions % 2)
+
+
+class Unfair(Mixture):
+    """Takes the sources in turn, whatever their weights."""
+
+    def draw(self, positions: Ints) -> tuple[Ints, Ints]:
+        count = len(self.parts)
+        return positions % count, positions // count
+
+
+class Shuffled(Mixture):
+    """Says another source than it takes."""
+
+    def draw(self, positions: Ints) -> tuple[Ints, Ints]:
+        sources, places = super().draw(positions)
+        return sources, places[::-1].copy()
+
+
+def test_the_check_sees_a_wrong_order() -> None:
+    found = build(10**6, 1 << 12, 512)
+    good = found["mixture"]
+    assert isinstance(good, Mixture)
+    check_mixture(good)
+    check_windows(found["windows"], 1 << 12)
+    for wrong in (Repeating, Unfair, Shuffled):
+        with pytest.raises(AssertionError):
+            check_mixture(wrong(good.num_rows, 512, 1, parts=good.parts))
+    with pytest.raises(AssertionError, match="window"):
+        check_windows(Order(10**6, 512, seed=1), 1 << 12)
 
 
 @pytest.mark.parametrize("name", ["one_window", "windows", "mixture"])

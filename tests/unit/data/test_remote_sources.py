@@ -9,10 +9,13 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from ftray.config.recipe import DataConfig
-from ftray.data.prepare import prepare_local
+from ftray.core.errors import DataError
+from ftray.data.prepare import Preparation, prepare_local
 from ftray.data.read import Shards
+from ftray.data.source import find_sources
 
 ROWS = [{"prompt": f"q{i}", "completion": "word " * (i % 5 + 1)} for i in range(90)]
 
@@ -47,3 +50,50 @@ def test_shards_of_remote_files_are_those_of_local_ones(
     ]
     (record,) = [json.loads(line) for line in (Path(there) / "quarantine.jsonl").read_text().splitlines()]
     assert record["file"] == "memory:///remote-sources/a.jsonl" and record["line"] == 91
+
+
+class Served(MemoryFileSystem):
+    """Files in memory under another scheme."""
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace(f"{cls.protocol}://", "memory://")))
+
+
+class Chunked(Served):
+    """A server that sends files in pieces, and does not say how long they are."""
+
+    protocol = "chunked"
+
+    def size(self, path: str) -> int | None:
+        return None
+
+
+class Hub(Served):
+    """A server that knows its files by the ids of their blobs."""
+
+    protocol = "blobs"
+    blob_id = "1"
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        found = super().info(path, **kwargs)
+        return {"name": found["name"], "size": found["size"], "type": found["type"], "blob_id": Hub.blob_id}
+
+
+def test_a_file_of_unknown_length_is_not_an_empty_one(remote: Any) -> None:
+    fsspec.register_implementation("chunked", Chunked, clobber=True)
+    remote.pipe_file("/remote-sources/a.jsonl", b'{"text": "a"}')
+    with pytest.raises(DataError, match=r"a\.jsonl: its server does not say how long it is; copy it"):
+        find_sources(["chunked:///remote-sources/a.jsonl"])
+
+
+def test_an_edit_of_equal_size_is_seen(
+    remote: Any, config: Callable[..., DataConfig], tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("blobs", Hub, clobber=True)
+    remote.pipe_file("/remote-sources/a.jsonl", b'{"text": "a"}')
+    data = config("blobs:///remote-sources/a.jsonl")
+    before = Preparation(data, tokenizer_folder).folder
+    assert Preparation(data, tokenizer_folder).folder == before
+    monkeypatch.setattr(Hub, "blob_id", "2")
+    assert Preparation(data, tokenizer_folder).folder != before

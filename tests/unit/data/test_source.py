@@ -3,12 +3,13 @@
 import gzip
 import importlib.util
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftray.core.errors import DataError
@@ -16,6 +17,7 @@ from ftray.data.hub import hub_files
 from ftray.data.source import Records, find_files, find_sources, parse_record, read_lines, split_units
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")), max_size=20), st.integers(1, 30))
 def test_units_read_every_line_once(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], size: int
@@ -176,3 +178,14 @@ def test_a_sample_is_the_same_rows_every_time(tmp_path: Path, suffix: str) -> No
     assert [unit.index for unit in units] == list(range(len(units)))
     (tmp_path / "odd#5").write_text('{"text": "x"}\n')
     assert rows_of([str(tmp_path / "odd#5")]) == ["x"]
+
+
+def test_paragraphs_are_not_read_all_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text(("many words of a paragraph " * 40 + "\n\n") * 10_000)
+    [unit] = split_units(find_sources([str(path)], "paragraph"))
+    tracemalloc.start()
+    count = sum(1 for record in Records(unit) if record.value is not None)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 10_000 and peak_bytes < path.stat().st_size / 2
