@@ -8,7 +8,7 @@ units that are missing (`units.py`). Rows in = documents + filtered + quarantine
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal, NoReturn
 
 from ftray.config.recipe import DataConfig
@@ -183,17 +183,19 @@ class Preparation:
             masks: list[tuple[Mask, ...]] = [() for _ in units]
             for place in [*places, None]:
                 found: list[Outcome] = []
-                for outcome in self._pass(run, place, units, masks):
-                    found.append(records.take(outcome))
-                    if limits[place].passed(outcome):
-                        self._refuse(limits[place], [*outcomes, *found], records)
-                    if place is None:
-                        prefix.add(outcome)
-                        self._wait_for_reader(prefix, stop)
-                    done += outcome.unit.stop - outcome.unit.start
-                    progress(done, total)
-                    if stop():
-                        raise Stopped
+                # A cluster is told at once that nobody waits for the rest.
+                with contextlib.closing(self._pass(run, place, units, masks)) as work:
+                    for outcome in work:
+                        found.append(records.take(outcome))
+                        if limits[place].passed(outcome):
+                            self._refuse(limits[place], [*outcomes, *found], records)
+                        if place is None:
+                            prefix.add(outcome)
+                            self._wait_for_reader(prefix, stop)
+                        done += outcome.unit.stop - outcome.unit.start
+                        progress(done, total)
+                        if stop():
+                            raise Stopped
                 found.sort(key=lambda outcome: outcome.unit.index)
                 if place is not None:
                     decided = deciders[place]([outcome.keys or [] for outcome in found])
@@ -220,7 +222,7 @@ class Preparation:
 
     def _pass(
         self, run: Runner, place: int | None, units: Sequence[Unit], masks: Sequence[tuple[Mask, ...]]
-    ) -> Iterator[Outcome]:
+    ) -> Generator[Outcome]:
         """Outcomes of units up to a barrier, or to the end: first what is remembered, then the rest."""
         tasks = []
         asked = [
