@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ftray.core.errors import ConfigError
@@ -30,7 +31,8 @@ _GROUP_ELEMENTS = 1 << 26
 def load_deepspeed() -> ModuleType:
     """The library, quiet and without native code. Raises `ConfigError` if it is not installed."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")
+    if dist.is_initialized():  # elsewhere it would tell other libraries that this is a rank
+        os.environ.setdefault("LOCAL_RANK", "0")
     try:
         import deepspeed
     except ImportError as error:
