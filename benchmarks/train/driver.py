@@ -6,7 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Record = dict[str, Any]
@@ -51,7 +51,7 @@ class Arm:
 
 
 @contextlib.contextmanager
-def arms(specs: list[Mapping[str, Any]], log_path: Any) -> Iterator[list[Arm]]:
+def arms(specs: Sequence[Mapping[str, Any]], log_path: Any) -> Iterator[list[Arm]]:
     """Start arms, each when the one before has imported what it needs."""
     started: list[Arm] = []
     with open(log_path, "a") as log:  # noqa: PTH123 (a path or a descriptor)
@@ -65,7 +65,7 @@ def arms(specs: list[Mapping[str, Any]], log_path: Any) -> Iterator[list[Arm]]:
                 arm.stop()
 
 
-def interleave(specs: list[Mapping[str, Any]], steps: int, log_path: Any) -> dict[str, list[Record]]:
+def interleave(specs: Sequence[Mapping[str, Any]], steps: int, log_path: Any) -> dict[str, list[Record]]:
     """Records of `steps` steps of each arm by name, in turn; arms of the same name are the ranks of one run."""
     records: dict[str, list[Record]] = {str(spec["name"]): [] for spec in specs}
     with arms(specs, log_path) as running:
@@ -75,7 +75,9 @@ def interleave(specs: list[Mapping[str, Any]], steps: int, log_path: Any) -> dic
                 for arm in group:
                     arm.go()
                 answers = [arm.answer() for arm in group]
-                found.append(answers[0] | {"wall_s": max(answer["wall_s"] for answer in answers)})
+                wall_s = max(answer["wall_s"] for answer in answers)
+                ranks_cpu_s = sum(answer["cpu_s"] for answer in answers)
+                found.append(answers[0] | {"wall_s": wall_s, "ranks_cpu_s": ranks_cpu_s})
     return records
 
 

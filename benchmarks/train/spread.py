@@ -37,7 +37,10 @@ def lora(setup: Setup) -> Figures:
 
 
 def ranks(setup: Setup) -> Figures:
-    """Two workers of one thread, each with the rows of the one that is alone, by wall time."""
+    """Two workers of one thread, each with as many rows as the one that is alone.
+
+    By wall time, which counts waiting and other work on the cores, and by CPU time of both, which counts neither.
+    """
     figures: Figures = {}
     size = make_recipe(setup.folder, _LENGTH).train.global_batch_size
     for strategy in ("ddp", "fsdp"):
@@ -54,15 +57,17 @@ def ranks(setup: Setup) -> Figures:
             for rank in range(2)
         ]
         found = interleave([setup.ours(_LENGTH, 1, "alone"), *group], setup.steps, setup.log)
-        rates = {name: _tokens_per_s(found[name]) for name in ("alone", strategy)}
+        rates = {name: _rate(found[name], "wall_s") for name in ("alone", strategy)}
         figures[f"{strategy}_2_workers_efficiency"] = round(rates[strategy] / (2 * rates["alone"]), 3)
         figures[f"{strategy}_tokens_per_s"] = {name: round(rate) for name, rate in rates.items()}
+        costs = {name: _rate(found[name], "ranks_cpu_s") for name in rates}
+        figures[f"{strategy}_2_workers_cpu_efficiency"] = round(costs[strategy] / costs["alone"], 3)
     return figures
 
 
-def _tokens_per_s(records: list[dict[str, Any]], warm: int = 2) -> float:
+def _rate(records: list[dict[str, Any]], seconds: str, warm: int = 2) -> float:
     tokens = records[-1]["tokens"] - records[warm - 1]["tokens"]
-    return float(tokens / sum(record["wall_s"] for record in records[warm:]))
+    return float(tokens / sum(record[seconds] for record in records[warm:]))
 
 
 def checkpoint(setup: Setup) -> Figures:

@@ -14,6 +14,8 @@ CHUNK_BYTES = 16 << 20
 _STRIP_ELEMENTS = 1 << 18
 _LEAST_ROWS = 256
 """Rows of a chunk at least, where the head trains: each chunk adds to all of the head's gradient."""
+_PRODUCT_ROWS = 4096
+"""Rows of the head's gradient added at once: adding bfloat16 to float32 copies what is added."""
 
 
 class ChunkedNLL(torch.autograd.Function):
@@ -50,7 +52,7 @@ class ChunkedNLL(torch.autograd.Function):
                 if needs_weight:
                     grad_weight = _add_product(grad_weight, logits_CV.T, hidden_CD)
         if needs_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
+            grad_weight = torch.zeros_like(weight_VD)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -64,7 +66,7 @@ class ChunkedNLL(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden.mul_(grad),
-            None if grad_weight is None else grad_weight.mul_(grad).to(ctx.weight_dtype),
+            None if grad_weight is None else grad_weight.to(ctx.weight_dtype).mul_(grad),
             None,
             None,
         )
@@ -91,7 +93,13 @@ def loss_to_gradient(
 
 
 def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`total + left @ right` in float32."""
+    """`total + left @ right`; the first product stays in its own type, a sum is float32."""
     if total is None:
-        return (left @ right).float()
-    return total.addmm_(left, right) if left.dtype == torch.float32 else total.add_(left @ right)
+        return left @ right
+    if left.dtype == torch.float32:
+        return total.addmm_(left, right)
+    total = total.float()
+    for start in range(0, len(left), _PRODUCT_ROWS):
+        part = slice(start, start + _PRODUCT_ROWS)
+        total[part] += left[part] @ right
+    return total

@@ -11,6 +11,7 @@ from ftray.core.errors import ModelError
 from ftray.model.build import build_structure, load_weights, move_rest
 from ftray.model.folder import resolve_folder
 from ftray.model.fuse import fuse
+from ftray.model.linear import cast_twice
 from ftray.optim.ema import Ema
 from ftray.optim.first_order import FirstOrder
 from ftray.train.checkpoint import State
@@ -30,6 +31,7 @@ def structure_of(recipe: Recipe, *, empty: bool = False) -> Any:
     recipe.adapt.apply(model, recipe.seed)
     recipe.objective.extend(model, recipe.seed)
     fuse(model)
+    cast_twice(model)
     if recipe.train.gradient_checkpointing:
         checkpoint_layers(model)
     return model
