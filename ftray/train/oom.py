@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import mmap
 import traceback
 from collections.abc import Iterator
 
@@ -13,6 +14,8 @@ from ftray.train.meter import peak_memory_bytes
 from ftray.train.plan import PARTS, gib, look_at_rows, predict_memory, what_fits
 
 _SAYINGS = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "Cannot allocate memory")
+_RESERVE_BYTES = 64 << 20
+"""Address space kept for the explanation: where that is limited, not even a thread would start without it."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -25,6 +28,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 @contextlib.contextmanager
 def explained(recipe: Recipe) -> Iterator[None]:
     """Inside the block, running out of memory raises a `TrainError` that says what would fit."""
+    reserve = mmap.mmap(-1, _RESERVE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # takes no memory
     try:
         yield
     except FtrayError:
@@ -37,9 +41,12 @@ def explained(recipe: Recipe) -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
         gc.collect()
+        reserve.close()
         message = explain(recipe, held)
     else:
         return
+    finally:
+        reserve.close()
     raise TrainError(message)
 
 

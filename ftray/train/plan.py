@@ -12,6 +12,7 @@ from ftray.config.recipe import Recipe
 from ftray.core.spec import replace
 from ftray.data.source import find_sources
 from ftray.model.build import build_structure
+from ftray.model.precision import KERNEL_BYTES
 from ftray.train.memory import Memory, step_memory
 from ftray.train.sample import sample_source
 
@@ -22,10 +23,10 @@ _BUCKET_BYTES = 64 << 20
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 # Peak resident memory over what the imports take, against the bytes counted beside the weights: fitted on the
-# configurations that `python -m benchmarks.plan` does not hold out. An allocator keeps holes; bfloat16 kernels
-# keep packed copies.
-FACTOR = {"float32": 1.03, "bfloat16": 1.27}
-OVERHEAD_BYTES = 50 << 20
+# configurations that `python -m benchmarks.plan` does not hold out. An allocator keeps holes; bfloat16 products
+# make packed copies. What their kernels take (`KERNEL_BYTES`) is counted apart: it depends on no size of the model.
+FACTOR = {"float32": 1.15, "bfloat16": 1.19}
+OVERHEAD_BYTES = 20 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,8 @@ def predict_memory(recipe: Recipe, rows: Rows) -> tuple[bool, Memory, int]:
 def _resident(memory: Memory, counted: int, bf16: bool) -> int:
     """Resident bytes of a process that holds so many counted ones, the weights among them."""
     factor = FACTOR["bfloat16" if bf16 else "float32"]
-    return round(memory.weights + factor * (counted - memory.weights) + OVERHEAD_BYTES)
+    kernels = KERNEL_BYTES if bf16 and not torch.cuda.is_available() else 0
+    return round(memory.weights + factor * (counted - memory.weights) + kernels + OVERHEAD_BYTES)
 
 
 def _of_a_rank(recipe: Recipe, memory: Memory, world: int) -> Memory:
