@@ -19,6 +19,8 @@ class Objective(Protocol):
 
     pairs: ClassVar[bool] = False
     """True if it compares the two answers of preference rows; False if it learns from documents one by one."""
+    every_token: ClassVar[bool] = False
+    """True if prompts are learnt as answers are, whatever the rows mark as targets."""
     metrics: ClassVar[tuple[str, ...]] = ()
     """Terms that are logged by their name and are no part of the loss."""
 

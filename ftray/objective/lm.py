@@ -1,6 +1,7 @@
 """Next-token prediction: over all of a text (`lm`) or over its target spans (`sft`)."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 
@@ -26,4 +27,10 @@ class SupervisedFineTuning(Objective):
 
 @spec
 class LanguageModelling(SupervisedFineTuning):
-    """The same loss for plain text, where the data plane marks every token as a target."""
+    """The same over every token but the first of a document, prompts included.
+
+    It is TRL's `completion_only_loss=False`. Transforms that leave targets out when rows are read, as `goldfish`,
+    choose among all of them.
+    """
+
+    every_token: ClassVar[bool] = True

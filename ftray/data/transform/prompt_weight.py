@@ -29,3 +29,14 @@ class PromptWeight:
         context[np.cumsum(row.doc_lens) - row.doc_lens] = False
         labels = np.where(context, row.input_ids, row.labels)
         return row._replace(labels=labels, weights=np.where(context, np.float32(self.weight), row.weights))
+
+
+@spec
+class EveryToken(PromptWeight):
+    """Make every token a target as any other, in validation as well; what the objective `lm` begins with."""
+
+    for_pairs: ClassVar[bool] = True
+    for_validation: ClassVar[bool] = True
+
+    weight: float = Field(default=1.0, gt=0)
+    """Weight of a token of context in the loss."""
