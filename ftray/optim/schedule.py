@@ -15,6 +15,11 @@ from ftray.core.spec import spec
 class Schedule(Protocol):
     """Factor of the learning rate."""
 
+    @property
+    def depends_on_length(self) -> bool:
+        """True if a longer run would have had other rates from the start; it cannot be made longer later."""
+        ...
+
     def scale(self, step: int, progress: float) -> float:
         """Factor at optimiser step `step` (from 0), `progress` in [0, 1]."""
         ...
@@ -28,6 +33,11 @@ class _Warmup:
     """Steps over which the rate rises linearly; as in transformers, the first step has the lowest."""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the run over which it rises, if `warmup_steps` is 0."""
+
+    @property
+    def depends_on_length(self) -> bool:
+        """The shape is laid out over the run."""
+        return True
 
     def scale(self, step: int, progress: float) -> float:
         """Warm-up, then the shape over the rest of the run."""
@@ -54,6 +64,11 @@ class _Warmup:
 @spec
 class Constant(_Warmup):
     """The base rate throughout."""
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Only if the warm-up is a fraction of the run."""
+        return self.warmup_ratio > 0 and self.warmup_steps == 0
 
     def shape(self, done: float) -> float:
         """One."""

@@ -20,33 +20,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ftray.config.recipe import Recipe
 from ftray.core.errors import CheckpointError, FtrayError
-from ftray.core.fs import digest_json, read_json, verify_tree
-from ftray.core.spec import dump
-from ftray.model.identity import base_identity
+from ftray.core.fs import read_json, verify_tree
 from ftray.strategy.base import Optimizers, Parameters, Snapshot, Strategy
+from ftray.train.identity import check_identity
 from ftray.train.retention import prune
 from ftray.train.transaction import MANIFEST, Writer
 
 FORMAT = 2
-# What changes when something is written or how a step is cut, but no number beyond rounding.
-_HOUSEKEEPING = (
-    "eval_steps",
-    "save_steps",
-    "save_total_limit",
-    "save_best",
-    "watchdog_s",
-    "watchdog_slow_s",
-    "elastic_interval_s",
-    "logging_steps",
-    "per_device_train_batch_size",
-    "gradient_checkpointing",
-    "publish_ema",
-    "early_stopping_patience",
-    "early_stopping_threshold",
-    "profile_steps",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,53 +56,12 @@ class State:
     """Times the run went back to a checkpoint because numbers were not finite."""
 
 
-def run_identity(recipe: Recipe, data_digest: str) -> dict[str, Any]:
-    """What says what may continue what.
-
-    `run`: everything that changes the numbers, but not the strategy (another world size continues the same
-    curve) nor how often something is saved. `structure`: what the tensors' shapes and the rows depend on; a
-    population's members share it while they differ in the rest. `data`, `seed`, `global_batch_size` and `order`
-    decide which rows come next; a run goes on with other ones only if told to.
-    """
-    tree = dump(recipe)
-    for key in _HOUSEKEEPING:
-        tree["train"].pop(key)
-    if recipe.model.init == "pretrained":
-        # Which weights, not where they lie: a base may move, and another under the same path is another.
-        base = base_identity(recipe.model.model_name_or_path)["digest"]
-        tree["model"] = {"base": base, "dtype": recipe.model.dtype}
-    structure = {key: tree[key] for key in ("model", "adapt")}
-    batch_size = tree["train"].pop("global_batch_size")
-    run = {key: tree[key] for key in ("objective", "optim", "lr_scheduler", "train")}
-    return {
-        "run": digest_json(run),
-        "structure": digest_json(structure),
-        "data": data_digest,
-        "seed": recipe.seed,
-        "global_batch_size": batch_size,
-        "order": digest_json(
-            [tree["data"]["window_shards"], tree["data"]["mixture"], dump(recipe.data.read_transforms)]
-        ),
-    }
-
-
-_OTHER = {
-    "run": "other settings (objective, optim, lr_scheduler or train)",
-    "structure": "another base or adapter",
-    "data": "other training rows (sources, transforms, tokenizer or sizes of `data`)",
-    "order": "another `data.window_shards`, `data.mixture` or read-time transform",
-    "seed": "`seed: {then}`, now it is {now}",
-    "global_batch_size": "`train.global_batch_size: {then}`, now it is {now}",
-}
-_ROWS_NEXT = ("data", "seed", "global_batch_size", "order")
-
-
 class Checkpoints:
     """The checkpoints of one run folder.
 
     Args:
         folder: where they lie; made when needed.
-        identity: `run_identity` of the run.
+        identity: `run_identity` of the run (`ftray.train.identity`).
         keep: how many committed ones stay.
         life: the same word on every rank, another one each time the run is started; what an earlier life may
             still be writing is kept apart by it.
@@ -229,25 +169,12 @@ class Checkpoints:
             CheckpointError: one line, if it is damaged or belongs to something else.
         """
         manifest = read_manifest(path)
-        self._check_identity(path, manifest["identity"], same_run, accept_changed_data)
+        check_identity(path, manifest["identity"], self.identity, same_run, accept_changed_data)
         strategy.restore(path, manifest, parameters, optimizers)
         state = State(**manifest["state"])
         if same_run:
             self._last_step, self.durable = state.step, state
         return state
-
-    def _check_identity(
-        self, path: Path, made_with: Mapping[str, Any], same_run: bool, accept_changed_data: bool
-    ) -> None:
-        keys = ("run", "structure", *_ROWS_NEXT) if same_run else ("structure", "data")
-        for key in keys:
-            then, now = made_with.get(key), self.identity[key]
-            if then == now or (accept_changed_data and key in _ROWS_NEXT):
-                continue
-            remedy = "give this run another `name`"
-            if key in _ROWS_NEXT:
-                remedy += ", or go on all the same with `--accept-changed-data`"
-            raise CheckpointError(f"{path}: was made with {_OTHER[key].format(then=then, now=now)}; {remedy}")
 
     def _prune(self) -> None:
         prune(self.folder, self.keep, self.keep_best)

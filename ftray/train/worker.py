@@ -13,11 +13,12 @@ import torch
 from ftray.config.recipe import Recipe
 from ftray.optim.first_order import FirstOrder
 from ftray.train.build import build_model, build_optimizers, choose_precision
-from ftray.train.checkpoint import Checkpoints, State, run_identity
+from ftray.train.checkpoint import Checkpoints, State
 from ftray.train.clock import Clock
 from ftray.train.feed import Feed
+from ftray.train.identity import run_identity
 from ftray.train.io import IO
-from ftray.train.kind import check_rows
+from ftray.train.kind import check_rows, rows_for
 from ftray.train.oom import explained
 from ftray.train.roles import build_policy
 from ftray.train.run import Result, Run
@@ -113,7 +114,7 @@ def begin(
     feed = Feed(
         *io.prepare(recipe),
         strategy,
-        recipe.data,
+        rows_for(recipe.objective, recipe.data),
         global_batch_size=settings.global_batch_size,
         micro_batch_size=settings.per_device_train_batch_size,
         seed=recipe.seed,

@@ -107,7 +107,12 @@ def test_launch_refuses_to_run_over_a_run(make_recipe: MakeRecipe) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"optim__learning_rate": 1.0}, "other settings"), ({"adapt__r": 8}, "another base or adapter")],
+    [
+        ({"optim__learning_rate": 1.0}, r"with `optim.learning_rate: 0\.01`, now it is 1\.0; give .* `name`"),
+        ({"adapt__r": 8}, r"with `adapt.r: 4`, now it is 8;"),
+        ({"train__max_grad_norm": None}, r"with `train.max_grad_norm: 1\.0`, now it is None;"),
+        ({"lr_scheduler": "cosine"}, r"with `lr_scheduler.type: constant`, now it is cosine;"),
+    ],
 )
 def test_resume_of_another_recipe_is_refused(
     make_recipe: MakeRecipe, change: dict[str, Any], message: str
@@ -115,6 +120,27 @@ def test_resume_of_another_recipe_is_refused(
     launch(make_recipe())
     with pytest.raises(CheckpointError, match=message):
         launch(make_recipe(**change), resume=True)
+
+
+def test_a_finished_run_is_made_longer(make_recipe: MakeRecipe) -> None:
+    """Under a schedule that does not look at the end; the curve is that of a run as long from the start."""
+    schedule = {"type": "constant", "warmup_steps": 2}
+    whole = make_recipe("whole", lr_scheduler=schedule, train__max_steps=9)
+    run(whole)
+    assert launch(make_recipe("parts", lr_scheduler=schedule, train__max_steps=5)).step == 5
+    longer = make_recipe("parts", lr_scheduler=schedule, train__max_steps=9)
+    assert launch(longer, resume=True).step == 9
+    assert losses(longer) == losses(whole)
+
+
+@pytest.mark.parametrize("schedule", ["linear", {"type": "constant", "warmup_ratio": 0.2}])
+def test_a_schedule_over_the_length_cannot_be_made_longer(make_recipe: MakeRecipe, schedule: Any) -> None:
+    launch(make_recipe(lr_scheduler=schedule, train__max_steps=2))
+    message = (
+        r"`train.max_steps: 2`, now it is 4, and the learning rate of `(linear|constant)` follows the length"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        launch(make_recipe(lr_scheduler=schedule, train__max_steps=4), resume=True)
 
 
 def test_damaged_checkpoint_is_passed_over(make_recipe: MakeRecipe) -> None:
@@ -157,7 +183,7 @@ def test_resume_over_another_base_is_refused(make_recipe: MakeRecipe, tmp_path: 
     moved = base.rename(tmp_path / "moved")
     assert run(make_recipe(model__model_name_or_path=str(moved)), stop_at=4).step == 4
     tiny.tiny_base(base, seed=2)
-    with pytest.raises(CheckpointError, match="another base or adapter"):
+    with pytest.raises(CheckpointError, match=r"other weights \(`model.model_name_or_path`\)"):
         run(recipe)
 
 
