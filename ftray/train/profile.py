@@ -5,6 +5,7 @@ run_dir/profile/rank-0.json            seconds a step, busy and waiting; operati
 """
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ftray.core.fs import read_json, write_json
 FOLDER = "profile"
 _WAIT = 2
 _COLLECTIVE = ("gloo:", "nccl:", "nccldevkernel", "c10d::")
+_KINDS = ("allreduce", "allgather", "reducescatter", "broadcast", "alltoall", "barrier")
 _NUM_OPS = 15
 
 
@@ -44,6 +46,11 @@ class Profiler:
             self.close()
 
     def _begin(self) -> None:
+        if (
+            self._rank == 0
+        ):  # traces of an earlier life, maybe of more ranks; no rank writes before the next step
+            for path in self._folder.glob("rank-*"):
+                path.unlink(missing_ok=True)
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
@@ -69,15 +76,15 @@ def summary_of(found: Any, seconds: float, steps: int, rank: int) -> dict[str, A
     """One rank's steps: seconds, those it waited for other ranks, and operations by own time."""
     averages = found.key_averages()
     on_gpu = any(item.self_device_time_total for item in averages)
-    ops, waited_us = {}, 0.0
+    ops, waits = {}, list[tuple[str, float]]()
     for item in averages:
         own_us = item.self_device_time_total if on_gpu else item.self_cpu_time_total
         if item.key.lower().startswith(_COLLECTIVE):
-            waited_us = max(waited_us, item.device_time_total if on_gpu else item.cpu_time_total)
+            waits.append((item.key, item.device_time_total if on_gpu else item.cpu_time_total))
         elif own_us and not item.key.startswith("ProfilerStep"):
             ops[item.key] = own_us / 1e6
     top = dict(sorted(ops.items(), key=lambda pair: -pair[1])[:_NUM_OPS])
-    waited_s = min(seconds, waited_us / 1e6)
+    waited_s = min(seconds, waited_us(waits) / 1e6)
     return {
         "rank": rank,
         "steps": steps,
@@ -87,6 +94,22 @@ def summary_of(found: Any, seconds: float, steps: int, rank: int) -> dict[str, A
         "ops_s": {name: own_s / steps for name, own_s in top.items()},
         "all_ops_s": sum(ops.values()) / steps,
     }
+
+
+def waited_us(collectives: Iterable[tuple[str, float]]) -> float:
+    """Time in collectives, from (name, time of all its calls).
+
+    One call is recorded by the library that makes it and by the one that carries it (`c10d::allreduce_` and
+    `gloo:all_reduce`), so of these the longest counts; gathers, scatters and sums follow each other and add up.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, time_us in collectives:
+        layer = next(prefix for prefix in _COLLECTIVE if name.lower().startswith(prefix))
+        bare = name.lower().removeprefix(layer).replace("_", "")
+        kind = next((kind for kind in _KINDS if kind in bare), bare)
+        layers = found.setdefault(kind, {})
+        layers[layer] = layers.get(layer, 0.0) + time_us
+    return sum(max(layers.values()) for layers in found.values())
 
 
 def summarise(run_dir: Path) -> list[str]:
