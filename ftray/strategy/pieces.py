@@ -85,7 +85,7 @@ def take(
             if 0 not in shape if isinstance(tensor, DTensor) else rank == 0:
                 part = local(tensor.detach())
                 files[kind][name] = (
-                    _copy(part, spare.get(kind, {}).get(name)) if copy else part.cpu().contiguous()
+                    copied(part, spare.get(kind, {}).get(name)) if copy else part.cpu().contiguous()
                 )
                 index[kind][name] = {"shape": list(tensor.shape), "offset": list(offset)}
     taken = Pieces(rank, num_writers, files, index)
@@ -94,7 +94,7 @@ def take(
     return taken
 
 
-def _copy(part: torch.Tensor, spare: torch.Tensor | None) -> torch.Tensor:
+def copied(part: torch.Tensor, spare: torch.Tensor | None) -> torch.Tensor:
     """A copy in CPU memory, in `spare` if it fits; pinned, if it comes from a GPU."""
     if spare is None or spare.shape != part.shape or spare.dtype != part.dtype:
         spare = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)

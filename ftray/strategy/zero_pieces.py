@@ -4,6 +4,7 @@ DeepSpeed's own checkpoints are pickles that load at the world size that wrote t
 the moments are ranges of flat buffers, so they are saved as pieces of the tensors they belong to instead.
 """
 
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,27 @@ import torch
 
 from ftray.strategy.base import Parameters
 from ftray.strategy.flat import Part, boxes, read_range
-from ftray.strategy.pieces import SEPARATOR, Pieces, Reader, open_trainable
+from ftray.strategy.pieces import SEPARATOR, Pieces, Reader, copied, open_trainable
 from ftray.strategy.zero import Zero
+
+# The last snapshot of an engine and its whole ranges by name, as `ftray.strategy.pieces` keeps them.
+_LAST: weakref.WeakKeyDictionary[Zero, tuple[Pieces, dict[str, torch.Tensor]]] = weakref.WeakKeyDictionary()
 
 
 def take(zero: Zero, parameters: Parameters, *, copy: bool) -> Pieces:
-    """This rank's pieces, in CPU memory; those of numbers (the step count) from rank 0."""
+    """This rank's pieces, in CPU memory; those of numbers (the step count) from rank 0.
+
+    A copy takes the memory of the last one, once that is written.
+    """
+    last, old = _LAST.get(zero, (None, {}))
+    spare = old if last is not None and last.written.is_set() else {}
+    ranges: dict[str, torch.Tensor] = {}
     files: dict[str, dict[str, torch.Tensor]] = {"trainable": {}, "optimizer": {}}
     index: dict[str, dict[str, Any]] = {"trainable": {}, "optimizer": {}}
 
     def add(kind: str, name: str, part: Part, values: torch.Tensor) -> None:
-        mine = part.of(values).to("cpu", copy=copy)
+        mine = part.of(values).detach()
+        mine = ranges[name] = copied(mine, spare.get(name)) if copy else mine.cpu()
         for number, ((offset, shape), where) in enumerate(
             boxes(part.shape, part.start, part.start + part.numel)
         ):
@@ -43,7 +54,10 @@ def take(zero: Zero, parameters: Parameters, *, copy: bool) -> Pieces:
                 number = value if is_tensor else torch.tensor(value, dtype=torch.float64)
                 files["optimizer"][name] = number.detach().to("cpu", copy=copy)
                 index["optimizer"][name] = {"shape": [], "offset": []}
-    return Pieces(zero.rank, zero.world, files, index)
+    taken = Pieces(zero.rank, zero.world, files, index)
+    if copy:
+        _LAST[zero] = taken, ranges
+    return taken
 
 
 @torch.no_grad()
