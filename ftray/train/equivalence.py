@@ -1,7 +1,8 @@
 """`ftray check --equivalence`: the losses must not depend on how a step is cut and spread.
 
 The recipe takes some steps in float32 on CPUs several times over: as given, with other micro batches, with its
-documents in other rows, and on one and two workers. Dropout is off, for its random numbers belong to a shape.
+documents in other rows, on one and two workers, and under `ddp` and `fsdp` where they go with the rest of it.
+Dropout is off, for its random numbers belong to a shape.
 Packing decides which documents share a step, so recipes with and without it see different steps; what can and
 must be equal is the loss of the *same* documents in other rows, and that is what is compared.
 """
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ftray.config.recipe import Recipe
+from ftray.core.errors import ConfigError
 from ftray.core.spec import dump, parse, replace
 from ftray.data.source import find_sources
 from ftray.train.io import LocalIO
@@ -26,6 +28,8 @@ from ftray.train.worker import begin
 
 TOLERANCE = 1e-5
 _SAMPLED_FILES = 8
+_STRATEGIES = ("ddp", "fsdp")
+"""Those that need no other library."""
 
 Rows = Literal["as given", "apart", "joined"]
 
@@ -86,18 +90,30 @@ def variants_of(recipe: Recipe) -> list[Variant]:
         if recipe.data.packing
         else Variant("packing on: documents joined to rows", alone, rows="joined")
     )
-    spread = recipe if "num_workers" in dump(recipe.strategy) else replace(recipe, "strategy", "ddp")
-    name = dump(spread.strategy)["type"]
     found = [
         Variant("as given, one process", alone),
         Variant(f"micro batches of {smaller} instead of {micro}", accumulated),
         packing,
-        *(Variant(f"{name}, {n} workers", replace(spread, "strategy.num_workers", n), n) for n in (1, 2)),
+        *_spread(recipe),
     ]
     return [
         dataclasses.replace(variant, recipe=replace(variant.recipe, "name", f"variant-{number}"))
         for number, variant in enumerate(found)
     ]
+
+
+def _spread(recipe: Recipe) -> list[Variant]:
+    """On one and two workers of the recipe's own strategy, and on two of the others that go with the rest of it."""
+    own = recipe if "num_workers" in dump(recipe.strategy) else replace(recipe, "strategy", "ddp")
+    name = dump(own.strategy)["type"]
+    found = [Variant(f"{name}, {n} workers", replace(own, "strategy.num_workers", n), n) for n in (1, 2)]
+    for other in _STRATEGIES:
+        if other == name:
+            continue
+        with contextlib.suppress(ConfigError):  # pieces that do not go together
+            spread = replace(recipe, "strategy", {"type": other, "num_workers": 2})
+            found.append(Variant(f"{other}, 2 workers", spread, 2))
+    return found
 
 
 def _shrunk(recipe: Recipe, folder: Path) -> Recipe:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from math import inf, nan
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,7 @@ def test_sound(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFi
         "packing off: each document alone",
         "ddp, 1 workers",
         "ddp, 2 workers",
+        "fsdp, 2 workers",
     ):
         assert name in text
     assert "differs" not in text and text.rstrip().endswith("ok")
@@ -61,6 +63,18 @@ def test_what_is_not_finite_differs(losses: list[float], reference: list[float])
     assert relative == inf
     row = Difference("spread", relative, losses)
     assert "spread  inf  <- differs" in table([row, row])[1]
+
+
+def test_the_other_strategies_are_tried_where_they_go_with_the_rest(make_recipe: MakeRecipe) -> None:
+    def spread(**changes: Any) -> list[str]:
+        found = [v for v in variants_of(make_recipe(**changes)) if not v.recipe.strategy.in_process]
+        assert all(v.recipe.strategy.num_workers == v.world for v in found)
+        return [v.name for v in found]
+
+    ddp, fsdp = ["ddp, 1 workers", "ddp, 2 workers"], ["fsdp, 1 workers", "fsdp, 2 workers"]
+    assert spread() == [*ddp, fsdp[1]]
+    assert spread(strategy={"type": "fsdp", "num_workers": 4}) == [*fsdp, ddp[1]]
+    assert spread(adapt="full", optim="muon") == ddp, "Muon needs whole matrices"
 
 
 @pytest.mark.parametrize("packing", [True, False])
