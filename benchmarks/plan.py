@@ -1,6 +1,6 @@
 """Peak memory that `ftray plan` predicts against the peak of real runs.
 
-    python -m benchmarks.plan [--json] [--configurations 12] [--fit]
+    python -m benchmarks.plan [--json] [--configurations 12] [--seed 41] [--fit]
 
 Random configurations (model size, sequence, batch, LoRA or full, checkpointing, precision) are planned, then
 trained for a few steps, each in a fresh process. The measured peak is the process's highest resident memory while
@@ -31,13 +31,14 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON line last")
     parser.add_argument("--configurations", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=HELD_OUT_SEED, help="of the held-out configurations")
     parser.add_argument("--fit", action="store_true", help="fit the constants on the other configurations")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         _child(Path(arguments.child))
         return
-    draw = random.Random(FIT_SEED if arguments.fit else HELD_OUT_SEED)
+    draw = random.Random(FIT_SEED if arguments.fit else arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         found = [_measure(Path(folder) / str(n), draw_config(draw)) for n in range(arguments.configurations)]
     if arguments.fit:
