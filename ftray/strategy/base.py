@@ -51,6 +51,11 @@ class Strategy(Protocol):
     num_workers: int | tuple[int, int]
 
     @property
+    def shards(self) -> frozenset[str]:
+        """What is divided over the ranks, of `weights`, `gradients` and `optimizer`; the rest is whole on each."""
+        ...
+
+    @property
     def in_process(self) -> bool:
         """True if the run needs no worker group."""
         ...
@@ -73,6 +78,14 @@ class Strategy(Protocol):
     @property
     def weights_device(self) -> torch.device:
         """Where the base's weights lie between uses: `device`, or the CPU if they are offloaded."""
+        ...
+
+    def check_optimizers(self, optimizers: Optimizers) -> None:
+        """Look at optimisers, maybe over tensors without storage, before anything is started.
+
+        Raises:
+            ConfigError: if the strategy cannot step them.
+        """
         ...
 
     def prepare(self, model: Any, *, bf16: bool) -> Any:

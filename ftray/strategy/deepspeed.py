@@ -53,6 +53,15 @@ class DeepSpeed(Workers):
                 "offload_optimizer_device or offload_param_device"
             )
 
+    @property
+    def shards(self) -> frozenset[str]:
+        """Stage 1 divides optimiser state, stage 2 also gradients, stage 3 also weights."""
+        return frozenset(("optimizer", "gradients", "weights")[: self.zero_stage])
+
+    def check_optimizers(self, optimizers: Optimizers) -> None:
+        """One of `torch.optim`, that moves each element by its own gradient alone."""
+        check_optimizers(optimizers)
+
     def settings(self) -> dict[str, Any]:
         """DeepSpeed's `zero_optimization` section."""
         section: dict[str, Any] = {"stage": self.zero_stage, "memory_efficient_linear": False}

@@ -40,13 +40,17 @@ class FSDP(Workers, OwnStep):
     """
 
     lacks: ClassVar[Mapping[str, str]] = {"whole_matrices": "each worker holds a few rows of every matrix"}
-    shards: ClassVar[frozenset[str]] = frozenset({"weights", "gradients", "optimizer"})
 
     reshard_after_forward: bool = True
     """Drop a layer's whole weights after its forward pass and gather them again for its backward pass; false keeps
     them in between: faster, with the memory of the whole model."""
     cpu_offload: bool = False
     """Keep shards, gradients and optimiser state in CPU memory and step there; it changes nothing without GPUs."""
+
+    @property
+    def shards(self) -> frozenset[str]:
+        """All there is of the base; what an adapter adds is whole."""
+        return frozenset({"weights", "gradients", "optimizer"})
 
     @property
     def weights_device(self) -> torch.device:

@@ -14,6 +14,14 @@ from ftray.strategy.base import Optimizers, Parameters, Update
 class OwnStep:
     """What single, replicated and sharded data parallelism share; they differ in how gradients are reduced."""
 
+    @property
+    def shards(self) -> frozenset[str]:
+        """Nothing is divided."""
+        return frozenset()
+
+    def check_optimizers(self, optimizers: Optimizers) -> None:
+        """Any will do: their steps are called as they are."""
+
     def keep_part(self, model: Any, parameter: torch.nn.Parameter) -> None:
         """All of it stays."""
 

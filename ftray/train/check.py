@@ -10,6 +10,7 @@ from ftray.data.source import Source, find_sources
 from ftray.model.build import build_structure
 from ftray.model.positions import max_positions
 from ftray.model.tokenizer import load_tokenizer
+from ftray.train.build import checkpoint_layers
 from ftray.train.kind import check_rows
 from ftray.train.roles import check_teacher
 from ftray.train.sample import SAMPLE_BYTES, sample_source
@@ -47,7 +48,10 @@ def check_model(recipe: Recipe) -> str:
     check_teacher(recipe)
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    recipe.optim.build(trainable)  # a pattern that matches nothing is told here
+    optimizers = recipe.optim.build(trainable)  # a pattern that matches nothing is told here
+    recipe.strategy.check_optimizers(optimizers)
+    if recipe.train.gradient_checkpointing:
+        checkpoint_layers(model)
     trained = sum(parameter.numel() for parameter in trainable.values())
     tokens, rows = len(load_tokenizer(recipe.model.tokenizer)), model.get_input_embeddings().weight.shape[0]
     if tokens > rows:

@@ -1,14 +1,20 @@
 """What the DeepSpeed strategy refuses, and how it parts an optimiser's groups."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ftray.core.errors import ConfigError
+from ftray.core.spec import spec
 from ftray.optim.adamw import AdamW
 from ftray.strategy.deepspeed import DeepSpeed
 from ftray.strategy.zero import check_optimizers, split_groups
+from ftray.testing import tiny
+from ftray.train.check import check_model
+from ftray.train.plan import Rows, predict_memory
 from tests.recipes import MakeRecipe
 
 
@@ -41,6 +47,53 @@ def test_what_looks_at_more_than_an_element_is_refused() -> None:
     two: list[torch.optim.Optimizer] = [torch.optim.SGD(weights), torch.optim.AdamW(weights)]
     with pytest.raises(ConfigError, match="not SGD and AdamW"):
         check_optimizers(two)
+
+
+@pytest.mark.parametrize("adapt", ["full", "lora"])
+def test_what_it_cannot_step_is_told_by_a_check(make_recipe: MakeRecipe, adapt: str) -> None:
+    """Before rows are prepared or workers start; a user's own optimiser too."""
+    own = {"type": "tests.unit.strategy.test_deepspeed:Own"}
+    adafactor = {"type": "torch", "optimizer": "Adafactor", "learning_rate": 1e-3}
+    for optim, name in ((adafactor, "Adafactor"), (own, "Mine")):
+        assert "parameters" in check_model(make_recipe(optim=optim, adapt=adapt, strategy="ddp"))
+        with pytest.raises(ConfigError, match=rf"strategy: `deepspeed` steps .*{name}.*; use one of"):
+            check_model(make_recipe(optim=optim, adapt=adapt, strategy="deepspeed"))
+    assert "parameters" in check_model(make_recipe(adapt=adapt, strategy="deepspeed"))
+
+
+def test_each_stage_says_what_it_divides() -> None:
+    divided = [DeepSpeed(zero_stage=stage).shards for stage in (1, 2, 3)]
+    assert divided == [{"optimizer"}, {"optimizer", "gradients"}, {"optimizer", "gradients", "weights"}]
+
+
+def test_a_plan_divides_by_stage(make_recipe: MakeRecipe, tiny_base: Path) -> None:
+    """Of four workers each holds a quarter of what its stage divides, and never more than under `ddp`."""
+    rows = Rows(per_epoch=100, mean_tokens=64.0, micro_batch_tokens=128, targets_fraction=1.0)
+    stages = [{"type": "deepspeed", "zero_stage": stage, "num_workers": 4} for stage in (1, 2, 3)]
+    config = {**tiny.ARCHITECTURES["llama"], "vocab_size": 258, "num_hidden_layers": 12}
+    model = {"init": "config", "config": config, "tokenizer_name_or_path": str(tiny_base)}
+    whole, one, two, three = (
+        predict_memory(make_recipe(adapt="full", model=model, strategy=strategy), rows)[1]
+        for strategy in ({"type": "ddp", "num_workers": 4}, *stages)
+    )
+    assert [m.optimizer for m in (one, two, three)] == [whole.optimizer // 4] * 3
+    assert (one.gradients, two.gradients) == (whole.gradients, whole.gradients // 4)
+    assert one.weights == two.weights == whole.weights > three.weights
+    assert whole.peak > one.peak >= two.peak > three.peak
+
+
+@spec
+class Own:
+    """A user's optimiser of another library's kind."""
+
+    learning_rate: float = 1e-3
+
+    def build(self, parameters: Mapping[str, torch.nn.Parameter]) -> list[torch.optim.Optimizer]:
+        return [Mine(list(parameters.values()), {})]
+
+
+class Mine(torch.optim.Optimizer):
+    """Nothing that DeepSpeed knows."""
 
 
 def test_adafactor_on_flat_ranges_is_another_method() -> None:
