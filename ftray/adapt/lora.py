@@ -81,7 +81,7 @@ class LoRA:
         if self.target_parameters is None and (stacks := expert_stacks(model)):
             names = sorted({".".join(name.split(".")[-2:]) for name in stacks})
             raise ConfigError(
-                f"target_modules: linear layers are not all of this model, its experts ({', '.join(names)}, "
+                f"adapt.target_modules: linear layers are not all of this model, its experts ({', '.join(names)}, "
                 f"{len(stacks)} stacks) would stay as they are; set `target_parameters: [{', '.join(names)}]` to "
                 "adapt them, or `[]` to leave them"
             )

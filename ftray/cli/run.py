@@ -45,5 +45,7 @@ def command(
             out.print(line, highlight=False, soft_wrap=True)
     out.print(f"data: {counts_line(result.rows)}", highlight=False, soft_wrap=True)
     shown = "  ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
-    out.print(f"{spec.name}: {result.step} steps, {result.tokens:,} tokens  {shown}", highlight=False)
+    # A trainer that is not ours does not say how many tokens it has seen.
+    tokens = f", {result.tokens:,} tokens" if spec.trainer is None else ""
+    out.print(f"{spec.name}: {result.step} steps{tokens}  {shown}", highlight=False, soft_wrap=True)
     out.print(f"delta: {result.delta}", highlight=False, soft_wrap=True)

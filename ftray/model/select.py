@@ -40,7 +40,9 @@ def select_linear(model: Any, targets: Targets | Sequence[str]) -> dict[str, nn.
         if not hits:
             leaves = sorted({name.rpartition(".")[2] for name in layers})
             near = difflib.get_close_matches(target, leaves, n=3) or leaves
-            raise ConfigError(f"target_modules: {target!r} matches no linear layer; near: {', '.join(near)}")
+            raise ConfigError(
+                f"adapt.target_modules: {target!r} matches no linear layer; near: {', '.join(near)}"
+            )
         chosen |= hits
     return {name: layer for name, layer in layers.items() if name in chosen}
 

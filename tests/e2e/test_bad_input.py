@@ -70,7 +70,7 @@ def edit(file: Path, path: str, value: Any) -> Path:
         (
             "adapt.target_modules",
             ["q_porj"],
-            "target_modules: 'q_porj' matches no linear layer; near: q_proj",
+            "adapt.target_modules: 'q_porj' matches no linear layer; near: q_proj",
         ),
         ("data.train", ["nowhere.jsonl"], "nowhere.jsonl: no such file; check the path"),
         (
