@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ftray import catalog
+from ftray.config.train import TrainConfig
 from ftray.core.errors import ConfigError
 from ftray.core.facts import check_facts
 from ftray.core.spec import Piece, spec
@@ -177,78 +178,6 @@ class DataConfig:
     def read_transforms(self) -> list[Any]:
         """The transforms of packed rows when they are read."""
         return [item for item in self.transforms if is_read_time(item)]
-
-
-@spec
-class TrainConfig:
-    """How long to train, in what batches, and when to save."""
-
-    max_steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps."""
-    num_train_epochs: float | None = Field(default=None, gt=0)
-    """Passes over the data, instead of `max_steps`."""
-    max_time_s: float | None = Field(default=None, gt=0)
-    """Seconds of training after which the run ends; the schedule follows whichever limit is nearer."""
-    global_batch_size: int = Field(default=16, ge=1)
-    """Rows in one optimiser step, over all workers. The data order depends on it and on nothing else."""
-    per_device_train_batch_size: int = Field(default=4, ge=1)
-    """Rows in one forward pass; accumulation follows from it."""
-    max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Gradient norm above which gradients are scaled down; null: never."""
-    bf16: bool | Literal["auto"] = "auto"
-    """Compute in bfloat16 with float32 master weights; `auto`: where a short timing says it is faster."""
-    eval_steps: int | None = Field(default=None, ge=1)
-    """Steps between validation losses; null: at the end only."""
-    save_steps: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; null: at the end only."""
-    save_total_limit: int = Field(default=2, ge=1)
-    """Checkpoints kept."""
-    logging_steps: int = Field(default=1, ge=1)
-    """Steps between logged metrics."""
-    save_best: bool = False
-    """Also commit a checkpoint at each lowest validation loss, and keep the best."""
-    gradient_checkpointing: bool = False
-    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Also keep an exponential moving average of what trains, with this weight of the past; null: none."""
-    publish_ema: bool = True
-    """With `ema_decay`: validate and publish the averaged weights; false: those of the last step."""
-    early_stopping_patience: int | None = Field(default=None, ge=1)
-    """Validations in a row without gain after which the run ends; null: never. Needs `eval_steps`."""
-    early_stopping_threshold: float = Field(default=0.0, ge=0)
-    """How much lower than the best so far `eval_loss` must be to count as a gain."""
-    profile_steps: int | None = Field(default=None, ge=1)
-    """Steps that every rank writes a torch trace of, after two others; null: none (`ftray run --profile`: 3)."""
-    nan_policy: Literal["stop", "skip", "roll_back"] = "stop"
-    """When the loss or the gradient is not finite on any rank: end the run, skip that update, or go back to the
-    newest checkpoint and on with the rows after the bad ones."""
-    max_rollbacks: int = Field(default=3, ge=1)
-    """Times a run may go back before it ends."""
-    watchdog_s: float | None = Field(default=600.0, gt=0)
-    """Seconds a step may take before its process counts as hung, has its stacks saved and is ended; null: for
-    ever."""
-    watchdog_slow_s: float = Field(default=3600.0, gt=0)
-    """The same for what is no step: the first one of a process, validation, a checkpoint, the end."""
-    elastic_interval_s: float = Field(default=60.0, gt=0)
-    """With `num_workers: [least, most]`: seconds between looks at the room there is."""
-
-    def __post_init__(self) -> None:
-        if self.max_steps is None and self.num_train_epochs is None and self.max_time_s is None:
-            raise ConfigError("max_steps: missing; set `max_steps`, `num_train_epochs` or `max_time_s`")
-        if self.max_steps is not None and self.num_train_epochs is not None:
-            raise ConfigError("num_train_epochs: also `max_steps` is set; keep one of the two")
-        if self.early_stopping_patience is not None and self.eval_steps is None:
-            raise ConfigError(
-                "early_stopping_patience: nothing is validated while training; set `eval_steps`"
-            )
-        if self.save_best and self.eval_steps is None:
-            raise ConfigError("save_best: needs validation losses while training; set `eval_steps`")
-
-    @property
-    def needs(self) -> dict[str, str]:
-        """Facts of the settings (`ftray.core.facts`)."""
-        averages = {"local_optimizer": "keeps averages after each step (`ema_decay`)"}
-        return {} if self.ema_decay is None else averages
 
 
 @spec

@@ -3,7 +3,7 @@
 import math
 import time
 
-from ftray.config.recipe import TrainConfig
+from ftray.config.train import TrainConfig
 from ftray.strategy.base import Strategy
 from ftray.train.checkpoint import State
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from ftray.config.recipe import TrainConfig
+from ftray.config.train import TrainConfig
 from ftray.train.checkpoint import State
 
 

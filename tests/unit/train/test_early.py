@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ftray.config.recipe import TrainConfig
+from ftray.config.train import TrainConfig
 from ftray.train.checkpoint import State
 from ftray.train.early import after_validation
 
