@@ -62,8 +62,7 @@ class Campaign:
 
     def reference(self) -> None:
         """The run nobody disturbs."""
-        process = self.start(self.recipe("reference"))
-        if process.wait(_WAIT_S) != 0:
+        if self.start(self.recipe("reference")).wait(_WAIT_S) != 0:
             raise RuntimeError("the reference run failed")
         self.losses, self.rows = self.curve("reference"), self.steps("reference")
 
@@ -290,8 +289,8 @@ def train(folder: Path, arguments: argparse.Namespace) -> None:
         if not arguments.keep:
             shutil.rmtree(folder, ignore_errors=True)
     found = summary(outcomes, arguments.minutes, arguments.seed)
-    sizes = {"checkpoint_interval_steps": SAVE_STEPS, "optimiser_steps_per_run": STEPS}
-    print(json.dumps({**found, **sizes, "error": problem}))
+    found |= {"checkpoint_interval_steps": SAVE_STEPS, "optimiser_steps_per_run": STEPS, "error": problem}
+    print(json.dumps(found))
     if problem or found["runs_finished"] < found["runs"]:
         sys.exit(1)
 
