@@ -10,9 +10,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Prepare a corpus and look at it.")
 
-RecipeFile = Annotated[
-    str, typer.Argument(help="Recipe file (YAML); its `data` and `model` sections are used.")
-]
+RecipeFile = Annotated[str, typer.Argument(help="Recipe file (YAML), as for `ftray run`.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, as `section.field=value`.")]
 Files = Annotated[list[str], typer.Argument(help="Files, folders, globs, URLs or Hub ids.")]
 

@@ -55,7 +55,13 @@ def _user(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _config_class(data: dict[str, Any]) -> type:
     """Each kind of file has a field no other has."""
-    marks = {"space": TuneConfig, "objective": Recipe, "trainer": Recipe, "rows": EvalConfig, "base": ServeConfig}
+    marks = {
+        "space": TuneConfig,
+        "objective": Recipe,
+        "trainer": Recipe,
+        "rows": EvalConfig,
+        "base": ServeConfig,
+    }
     return next(cls for mark, cls in marks.items() if mark in data)
 
 
