@@ -37,6 +37,7 @@ from ftray.data.train_tokenizer import train_tokenizer
 LENGTH = 2048
 BATCHES = (64, 256, 1024)
 _SAMPLE_S = 0.5
+_PACKED_DOCUMENTS = 5000
 _STORED_BYTES = 12  # of one token in a shard: id, label, weight
 _ROWS, _MICRO_BATCH = 4000, 8
 _DEDUP_BYTES = 20_000_000
@@ -78,7 +79,7 @@ def hugging_face(files: list[Path], tokenizer: Any, work: Path, batch: int) -> N
     pack_dataset(done, LENGTH, "bfd_split").save_to_disk(str(work / "out"))
 
 
-def packing_time(prepared: Path) -> dict[str, float]:
+def packing_time(tokenizer: Any, rows: list[str]) -> dict[str, float]:
     """Packing alone, the same documents, against TRL's `bfd_split`."""
     from datasets import Dataset
     from trl.data_utils import pack_dataset
@@ -86,18 +87,13 @@ def packing_time(prepared: Path) -> dict[str, float]:
     from ftray.data.pack import cut, pack
     from ftray.data.tokenise import Documents
 
-    shards = Shards(prepared)
-    rows = [shards.row(index) for index in range(min(len(shards), 4000))]
+    # Whole documents, also those that are longer than a row, so that both sides have something to split.
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(rows[:_PACKED_DOCUMENTS])
+    lists = [[*encoding.ids, 0] for encoding in encodings]
+    input_ids = np.concatenate(lists, dtype=np.int32, casting="unsafe")
     documents = Documents(
-        np.concatenate([row.input_ids for row in rows]),
-        np.concatenate([row.labels for row in rows]),
-        np.concatenate([row.weights for row in rows]),
-        np.concatenate([row.doc_lens for row in rows]).astype(np.int64),
+        input_ids, input_ids, np.ones(len(input_ids), np.float32), np.array([len(ids) for ids in lists])
     )
-    ends = np.cumsum(documents.lens)
-    lists = [
-        documents.input_ids[end - size : end].tolist() for end, size in zip(ends, documents.lens, strict=True)
-    ]
     dataset = Dataset.from_dict({"input_ids": lists})
     ratios = []
     for _ in range(3):
@@ -212,6 +208,7 @@ def measure(mb: int, large_mb: int, repeats: int, folder: Path) -> dict[str, Any
                 hugging_face(files, tokenizer, folder / "hf", hf_batch)
             for name, found in costs.items():
                 arms[name].append(tokens / found.cpu_s)
+        packing = packing_time(tokenizer, rows)
         del rows
         result: dict[str, Any] = {
             "ratio_vs_raw_tokenizer": _ratio(arms["ours"], arms["raw"]),
@@ -225,7 +222,7 @@ def measure(mb: int, large_mb: int, repeats: int, folder: Path) -> dict[str, Any
         counts = Shards(prepared).manifest["counts"]
         result["packing_padding_fraction"] = round(1 - counts["tokens"] / (counts["packed_rows"] * LENGTH), 5)
         result["split_documents_fraction"] = round(counts["split_documents"] / counts["documents"], 5)
-        result |= packing_time(prepared) | loader(prepared)
+        result |= packing | loader(prepared)
     result |= dedup(documents)
     result |= memory(files, large_mb, documents, tokenizer_folder, folder)
     return result
