@@ -4,74 +4,29 @@ An engine is plain, synchronous and single-threaded. Whoever owns it calls `step
 that does so for a service is `ftray.serve.loop`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from ftray.core.errors import RequestError
+from ftray.engine.request import FinishReason, Output, Request, Sampling, ScoreItem, TokenLogprob
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+__all__ = [
+    "DeltaInfo",
+    "Engine",
+    "EngineConfig",
+    "EngineInfo",
+    "EngineStats",
+    "FinishReason",
+    "Output",
+    "Request",
+    "Sampling",
+    "ScoreItem",
+    "Source",
+    "TokenLogprob",
+]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen, and when to end. Field names are OpenAI's."""
-
-    max_tokens: int = 256
-    """Most tokens to generate."""
-    temperature: float = 0.0
-    """0 takes the most likely token; otherwise logits are divided by it."""
-    top_p: float = 1.0
-    """Draw from the smallest set of tokens whose probability reaches this."""
-    seed: int | None = None
-    """The same seed gives the same draws, whatever else is in the batch; None: a fresh one."""
-    stop: tuple[str, ...] = ()
-    """Strings that end the text; they are not part of it."""
-    ignore_eos: bool = False
-    """Go on after the end-of-sequence token, for measurements."""
-
-    def __post_init__(self) -> None:
-        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "use at least 1")
-        _require(0.0 <= self.temperature <= 2.0, "temperature", self.temperature, "use 0 to 2")
-        _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "use more than 0 and at most 1")
-        _require(len(self.stop) <= 16 and all(self.stop), "stop", self.stop, "use up to 16, none empty")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One prompt to continue."""
-
-    id: str
-    """Unique among the requests an engine holds."""
-    prompt_ids: Sequence[int]
-    """The prompt's tokens."""
-    delta: str | None = None
-    """Name of a loaded delta; None: the base."""
-    sampling: Sampling = field(default_factory=Sampling)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """What one step (or, from `generate`, a whole request) added to a request."""
-
-    id: str
-    text: str
-    """New text: whole characters only, never a part of a stop string that was met."""
-    token_ids: list[int]
-    """New tokens. `text` may lag behind them while a character or a possible stop string is open."""
-    finish_reason: FinishReason | None = None
-    """None while the request goes on."""
-    error: str | None = None
-    """One line, with `finish_reason` `error`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreItem:
-    """A completion whose log-probability after a prompt is asked for."""
-
-    prompt_ids: Sequence[int]
-    completion_ids: Sequence[int]
-    delta: str | None = None
+Source = str | Callable[[], str]
+"""A delta's folder, or a function that brings it there (from a registry, say), run on another thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +34,7 @@ class EngineInfo:
     """Facts about an engine and the base it holds."""
 
     engine: str
-    """Which engine answers: `torch`, `hf_generate`, `fake`; a fallback says so here."""
+    """Which engine answers: `torch`, `hf_generate`, `vllm`, `fake`; a fallback says so here."""
     base: str
     """Name of the base model."""
     base_digest: str
@@ -88,23 +43,67 @@ class EngineInfo:
     """Hash of the tokenizer's chat template."""
     max_length: int
     """Most tokens of prompt and answer together."""
+    max_slots: int = 0
+    """Most deltas that can be in use at once; 0: no limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaInfo:
+    """A delta that answers to a name."""
+
+    name: str
+    digest: str
+    """Digest of what answers; empty until its files were first read."""
+    kind: str
+    """`low_rank`, ...; empty until its files were first read."""
+    mixed_batch: bool
+    """False: rows under it run in steps of their own."""
+    tier: Literal["slot", "host", "disk", "failed"]
+    """Where its tensors are; `failed`: the last load failed, the next request tries again."""
+    size_bytes: int
+    """Of its tensors; 0 until they were first read."""
+    in_flight: int
+    """Answers under it that wait or run."""
+    error: str | None = None
+    """Why the last load failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """A snapshot of the load."""
+    """A snapshot of the load, and counts since the start."""
 
     running: int
-    """Requests that hold a row."""
+    """Answers that hold a row."""
     waiting: int
-    """Requests admitted by nobody yet."""
+    """Answers admitted by nobody yet."""
     blocks_used: int
-    """KV blocks that belong to a request."""
+    """KV blocks that belong to an answer."""
     blocks_total: int
+    blocks_cached: int = 0
+    """KV blocks that nobody holds and that keep a prefix; given up when blocks run short."""
+    slots_used: int = 0
+    """Deltas in place."""
+    slots_total: int = 0
+    """Deltas that fit in place; 0: no limit."""
+    loading: int = 0
+    """Deltas being read."""
+    prompt_tokens: int = 0
+    """Prompt tokens computed."""
+    cached_tokens: int = 0
+    """Prompt tokens taken from the prefix cache instead."""
+    generated_tokens: int = 0
+    recomputed_tokens: int = 0
+    """Tokens computed again after a preemption."""
+    preemptions: int = 0
+    """Times an answer gave its blocks up to others."""
+    delta_loads: int = 0
+    """Times a delta was put in place."""
+    tenant_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Tokens computed for each tenant with work, prompts and answers together."""
 
 
 class Engine(Protocol):
-    """Generates for many requests, each under the base or one of the loaded deltas."""
+    """Generates for many requests, each under the base or one of the deltas."""
 
     @property
     def info(self) -> EngineInfo:
@@ -125,22 +124,39 @@ class Engine(Protocol):
         ...
 
     def step(self) -> list[Output]:
-        """Run one forward pass over what is due and return what each request gained."""
+        """Run one forward pass over what is due and return what each answer gained."""
         ...
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request and free what it holds; unknown ids are ignored."""
+        """Forget a request, all its answers, and free what it holds at once; unknown ids are ignored."""
         ...
 
     def has_work(self) -> bool:
         """True while a request waits or runs."""
         ...
 
-    def load_delta(self, name: str, folder: str) -> None:
-        """Make the delta in a folder answer to a name.
+    def load_delta(self, name: str, folder: str, *, replace: bool = False) -> None:
+        """Read and check the delta in a folder now and make it answer to a name.
+
+        Args:
+            name: what requests call it.
+            folder: its files; they must stay as they are while the name is known.
+            replace: switch a known name: requests added from now on are answered by the new delta, those in
+                flight end on the old one.
 
         Raises:
-            DeltaError: one line, if it is damaged or belongs to another base or chat template.
+            DeltaError: one line, if it is damaged or belongs to another base or chat template; a known name
+                keeps its delta.
+        """
+        ...
+
+    def register_delta(self, name: str, source: Source) -> None:
+        """Make a name known without reading anything; the first request under it loads it beside the steps.
+
+        A request whose delta cannot be loaded ends with an error of status 4xx.
+
+        Raises:
+            DeltaError: if the name is known already.
         """
         ...
 
@@ -149,7 +165,11 @@ class Engine(Protocol):
         ...
 
     def deltas(self) -> list[str]:
-        """Names of the loaded deltas."""
+        """Names of the known deltas."""
+        ...
+
+    def delta_info(self, name: str) -> DeltaInfo:
+        """Facts about a known delta. Raises `DeltaError`."""
         ...
 
     def stats(self) -> EngineStats:
@@ -157,7 +177,7 @@ class Engine(Protocol):
         ...
 
     def generate(self, requests: Iterable[Request]) -> list[Output]:
-        """Run requests to their end; one complete `Output` each, in the order given."""
+        """Run requests to their end; one complete `Output` for each answer, in the order given."""
         ...
 
     def score(self, items: Iterable[ScoreItem]) -> list[float]:
@@ -170,7 +190,7 @@ class EngineConfig(Protocol):
 
     @property
     def max_num_seqs(self) -> int:
-        """Requests that run at once."""
+        """Answers that run at once."""
         ...
 
     def build(self, base: str) -> Engine:
@@ -180,8 +200,3 @@ class EngineConfig(Protocol):
     def load_tokenizer(self, base: str) -> Any:
         """The base's tokenizer alone, for whoever renders prompts without holding the model."""
         ...
-
-
-def _require(condition: bool, param: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise RequestError(f"{param}: {value!r} is refused; {remedy}", param=param)
