@@ -16,11 +16,17 @@ export PIP_REQUIRE_VIRTUALENV := true
 quickstart: venv
 	$(BIN)/ftray quickstart $(ARGS)
 
+# Tests of one process share the cores; those of ranks and clusters want the machine for themselves.
+ALONE := tests/unit tests/e2e
+TOGETHER := tests/dist tests/ray tests/gpu
+
 test: lint
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(ALONE) -m "not slow" --numprocesses=logical --maxprocesses=8 --dist=loadfile $(ARGS)
+	$(BIN)/python -m pytest $(TOGETHER) -m "not slow" $(ARGS)
 
 test-all: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(ALONE) --numprocesses=logical --maxprocesses=8 --dist=loadfile $(ARGS)
+	$(BIN)/python -m pytest $(TOGETHER) $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from ftray.cli import screen
 from ftray.cli.data import app
 from ftray.core.errors import ConfigError, DataError
 
@@ -36,8 +37,14 @@ def recipe(tmp_path: Path, tiny_base: Path) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal wide enough for any path: a console takes its width once, when it is made."""
+    monkeypatch.setattr(screen.out, "width", 300)
+
+
 def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "300"})
+    result = CliRunner().invoke(app, list(arguments))
     if result.exception:
         raise result.exception
     return result.output
