@@ -16,7 +16,7 @@ from ftray.core.spec import dump, parse
 from ftray.data.store import Folder
 from ftray.strategy.elastic import bounds
 from ftray.train.io import Record
-from ftray.train.run import STOPPED, Result
+from ftray.train.run import STOPPED, Result, stopped_after
 from ftray.train.stop import FILE as STOP
 from ftray.train.stop import Stop
 from ftray.train.tail import Tail
@@ -81,7 +81,9 @@ def run_group(
                     return _result(run_dir)
                 stopped = read_json(run_dir / STOPPED)
                 if stop.reason or stopped["step"] <= begun:
-                    raise RunStopped(stopped["message"], stop.signum)
+                    # Which worker saw the request first is chance; who made it is known here.
+                    reason = stop.reason or stopped["reason"]
+                    raise RunStopped(stopped_after(recipe.name, stopped["step"], reason), stop.signum)
                 begun = stopped["step"]
     finally:
         stop.close()

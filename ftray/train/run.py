@@ -196,15 +196,11 @@ class Run:
         if not strategy.sum(torch.tensor([float(reason is not None)])):
             return
         self._save(wait=True)
-        step = self.state.step
-        message = (
-            f"{self.recipe.name}: stopped after step {step} ({reason or 'another rank was asked to end'}); "
-            "a checkpoint holds it, `--resume` goes on"
-        )
+        step, reason = self.state.step, reason or "another rank was asked to end"
         if strategy.dp_rank == 0:
-            write_json(self.io.run_dir / STOPPED, {"step": step, "message": message})
+            write_json(self.io.run_dir / STOPPED, {"step": step, "reason": reason})
         strategy.barrier()
-        raise RunStopped(message, self.io.stop_signal)
+        raise RunStopped(stopped_after(self.recipe.name, step, reason), self.io.stop_signal)
 
     def not_finite(self, report: StepReport) -> float:
         """After a step that moved nothing: stop, or go back and on, as the recipe says; returns the progress.
@@ -278,6 +274,11 @@ class Run:
             write_json(run_dir / "result.json", finite(dump(result)))
         self.recipe.strategy.barrier()
         return result
+
+
+def stopped_after(name: str, step: int, reason: str) -> str:
+    """What a run says that was asked to end."""
+    return f"{name}: stopped after step {step} ({reason}); a checkpoint holds it, `--resume` goes on"
 
 
 def _by_name(objective: Objective, means: Mapping[str, float]) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """A campaign of kills counts only what it did, and always ends with its line."""
 
-import argparse
 import json
 import subprocess
 import sys
@@ -9,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import chaos
+from benchmarks import chaos_train
 from benchmarks.chaos_outcome import Outcome, summary
 from ftray.config.recipe import Recipe
 
 
-class Dummy(chaos.Campaign):
+class Dummy(chaos_train.Campaign):
     """Runs that only wait for some seconds, and are said to have come to any step at once."""
 
     seconds = 0.0
@@ -55,7 +54,7 @@ def test_who_ended_before_was_not_disturbed(tmp_path: Path) -> None:
 
 
 def test_a_process_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chaos, "_FIND_S", 0.2)
+    monkeypatch.setattr(chaos_train, "_FIND_S", 0.2)
     found = Waiting(tmp_path, 0).disturbed(0, "raylet")
     assert not found.disturbed and found.finished
 
@@ -72,15 +71,28 @@ def test_an_error_is_an_outcome_and_its_process_is_ended(tmp_path: Path) -> None
     assert killed.disturbed and killed.finished and killed.attempts == 2
 
 
-def test_the_line_is_printed_whatever_happens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_campaign_goes_on_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two commands make one record; a run that was cut off is begun anew."""
+    monkeypatch.setattr(chaos_train, "Campaign", Dummy)
+
+    def go_on() -> dict[str, Any]:
+        found = chaos_train.campaign(tmp_path, 0, 0, ["worker", "driver"], quiet=True)
+        json.dumps(found)
+        return found
+
+    assert [outcome["kind"] for outcome in go_on()["outcomes"]] == ["worker"]
+    cut_off = tmp_path / "runs" / "001-driver" / "checkpoints"
+    cut_off.mkdir(parents=True)
+    found = go_on()
+    assert [outcome["kind"] for outcome in found["outcomes"]] == ["worker", "driver"]
+    assert not cut_off.exists()
+    assert found["runs"] == 2
+
+
+def test_what_ends_a_campaign_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: Any) -> None:
         raise RuntimeError("the reference run failed")
 
-    monkeypatch.setattr(chaos.Campaign, "reference", fails)
-    arguments = argparse.Namespace(seed=0, minutes=1.0, kinds=["worker"], json=True, keep=tmp_path)
-    with pytest.raises(SystemExit):
-        chaos.train(tmp_path, arguments)
-    line = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert line["error"] == "RuntimeError: the reference run failed" and line["runs"] == 0
+    monkeypatch.setattr(chaos_train.Campaign, "reference", fails)
+    found = chaos_train.campaign(tmp_path, 1.0, 0, ["worker"], quiet=True)
+    assert found["error"] == "RuntimeError: the reference run failed" and found["runs"] == 0
