@@ -26,6 +26,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "tune": ("ftray.cli.tune:command", "Search over a recipe's fields."),
     "eval": ("ftray.cli.eval:command", "Score the base and deltas on held-out rows."),
     "publish": ("ftray.cli.publish:command", "Put a delta into the registry under a name."),
+    "promote": ("ftray.cli.promote:promote", "Point an alias at a published version."),
+    "rollback": ("ftray.cli.promote:rollback", "Point an alias at what it pointed at before."),
     "serve": ("ftray.cli.serve:command", "Serve deltas over one base behind an OpenAI-compatible API."),
     "generate": ("ftray.cli.generate:command", "Batch inference of a JSON lines file."),
     "submit": ("ftray.cli.submit:command", "Submit a recipe or a job file to a Ray cluster."),

@@ -205,7 +205,8 @@ class Tour:
     def _publish(self) -> tuple[str, Path]:
         from ftray.registry.local import Registry
 
-        registry = Registry(self.folder / "registry")
+        folder = self.folder / "registry"
+        registry = Registry(folder)
         refs = []
         for task in TASKS:
             accuracy = self._reports[task].result(_relative(self._deltas[task])).interval.estimate
@@ -217,7 +218,7 @@ class Tour:
                 aliases=("prod",),
             )
             refs.append(entry.ref)
-        return " and ".join(refs) + ", each also `@prod`", registry.root
+        return " and ".join(refs) + ", each also `@prod`", folder
 
     def _serve(self, keep_serving: bool) -> None:
         from ftray.serve.ray_app import run

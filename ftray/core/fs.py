@@ -30,7 +30,7 @@ def fsync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Let an `OSError` that names no file (a write to a full disk) name this one."""
     try:
         yield
@@ -51,19 +51,28 @@ def commit_dir(final: Path) -> Iterator[Path]:
     tmp = final.parent / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
     tmp.mkdir()
     try:
-        with _named(final):
+        with naming(final):
             yield tmp
-        for path in [*tmp.rglob("*"), tmp]:
-            fsync_path(path)
-        try:
-            tmp.rename(final)
-        except OSError as error:  # ENOTEMPTY or EEXIST, by platform
-            if final.exists():
-                raise FileExistsError(str(final)) from error
-            raise
-        fsync_path(final.parent)
+        move_new(tmp, final)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def move_new(tmp: Path, final: Path) -> None:
+    """Rename a written directory to a name that is still free, durably.
+
+    Raises:
+        FileExistsError: if `final` is already there with content (another writer was first).
+    """
+    for path in [*tmp.rglob("*"), tmp]:
+        fsync_path(path)
+    try:
+        tmp.rename(final)
+    except OSError as error:  # ENOTEMPTY or EEXIST, by platform
+        if final.exists():
+            raise FileExistsError(str(final)) from error
+        raise
+    fsync_path(final.parent)
 
 
 @contextlib.contextmanager
@@ -91,7 +100,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
     try:
-        with _named(path), tmp.open("wb") as file:
+        with naming(path), tmp.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -99,6 +108,21 @@ def write_bytes(path: Path, data: bytes) -> None:
         fsync_path(path.parent)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def write_new_json(path: Path, value: Any) -> None:
+    """Write a JSON file under a name that is still free, atomically and durably.
+
+    Raises:
+        FileExistsError: if there is such a file (another writer was first).
+    """
+    aside = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        write_json(aside, value)
+        os.link(aside, path)
+        fsync_path(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -97,7 +97,7 @@ def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path}/registry/x/versions/000001: File too large\n"
+    assert done.stderr == f"error: {tmp_path}/registry/x/versions: File too large\n"
 
 
 def test_what_a_worker_could_not_write(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,3 +83,19 @@ def test_show_names_a_damaged_file(capsys: pytest.CaptureFixture[str], delta: Pa
         main(["show", "tone", *map(str, where)])
     assert ended.value.code == 2 and "adapter_model.safetensors" in capsys.readouterr().err
     assert "tone@1" in ftray(capsys, "show", "tone", "--no-verify", *where)
+
+
+def test_promote_and_rollback(capsys: pytest.CaptureFixture[str], delta: Path, tmp_path: Path) -> None:
+    where = ("--registry", tmp_path / "registry")
+    for _ in range(3):
+        ftray(capsys, "publish", delta, "tone", *where)
+    assert "tone@prod is now tone@1 (xxh3:" in (out := ftray(capsys, "promote", "tone@1", *where))
+    assert out.endswith("it was new\n")
+    ftray(capsys, "promote", "tone", "--alias", "canary", *where)
+    out = ftray(capsys, "promote", "tone@canary", "--alias", "prod", *where)
+    assert "tone@prod is now tone@3" in out and out.endswith("it was tone@1\n")
+    back = json.loads(ftray(capsys, "rollback", "tone", "--json", *where))
+    assert back["ref"] == "tone@1" and back["aliases"] == ["prod"]
+    with pytest.raises(SystemExit) as ended:
+        main(["rollback", "tone", *map(str, where)])
+    assert ended.value.code == 2 and "nothing to roll back to" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ftray.core.errors import DeltaError, RegistryError
-from ftray.registry.local import Registry
+from ftray.registry.registry import Registry
 from ftray.testing.deltas import weights_delta
 
 NUM_PUBLISHERS = 8
@@ -115,7 +115,9 @@ def test_refused_alias_publishes_nothing(registry: Registry, delta: Path) -> Non
     assert registry.list() == []
 
 
-@pytest.mark.parametrize("link", ["tone", "tone/versions", "tone/versions/000001", "tone/aliases/prod"])
+@pytest.mark.parametrize(
+    "link", ["tone", "tone/versions", "tone/versions/000001", "tone/states", "tone/states/000001.json"]
+)
 def test_links_inside_the_registry_are_not_followed(
     registry: Registry, delta: Path, link: str, tmp_path: Path
 ) -> None:
@@ -230,7 +232,7 @@ def test_killed_publisher_leaves_old_or_new(tmp_path: Path, delta: Path) -> None
     while not outcomes or outcomes[-1][0]:
         registry = Registry(tmp_path / f"registry-{len(outcomes)}")
         registry.publish(delta, "tone", aliases=["prod"])
-        status = _publish_and_die(registry.root, delta, at_line=1 + 7 * len(outcomes))
+        status = _publish_and_die(registry.root, delta, at_line=1 + 17 * len(outcomes))
         versions = tuple(registry.versions("tone"))
         alias = registry.resolve("tone@prod").version
         outcomes.append((os.WIFSIGNALED(status), versions, alias))
@@ -264,3 +266,54 @@ def test_version_record_holds_no_more_than_it_says(registry: Registry, delta: Pa
     record = json.loads((entry.path / "ftray_version.json").read_text())
     assert set(record) == {"name", "version", "published_at", "manifest"}
     assert entry.published_at.endswith("+00:00")
+
+
+def publish_some(registry: Registry, delta: Path, count: int) -> None:
+    for _ in range(count):
+        registry.publish(delta, "tone")
+
+
+def test_rollback_is_exact(registry: Registry, delta: Path) -> None:
+    publish_some(registry, delta, 4)
+    for version in (2, 4, 4, 3):
+        registry.promote(f"tone@{version}")
+    registry.promote("tone@1", "canary")
+    assert [registry.rollback("tone").version for _ in range(2)] == [4, 2], "a promotion repeated is none"
+    assert registry.aliases("tone") == {"prod": 2, "canary": 1}
+    with pytest.raises(RegistryError, match="tone@prod: has pointed at version 2 only"):
+        registry.rollback("tone")
+    registry.promote("tone@canary", "prod")
+    assert registry.rollback("tone").version == 2
+    with pytest.raises(RegistryError, match="tone@cannary: does not exist"):
+        registry.rollback("tone", "cannary")
+    assert [done.change for done in registry.history("tone")][:3] == [
+        "promote prod 2",
+        "promote prod 4",
+        "promote prod 3",
+    ]
+
+
+def test_a_damaged_version_is_not_promoted(registry: Registry, delta: Path) -> None:
+    publish_some(registry, delta, 2)
+    registry.promote("tone@1")
+    (registry.resolve("tone@2").path / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(RegistryError, match="tone@2 is damaged"):
+        registry.promote("tone@2")
+    assert registry.aliases("tone") == {"prod": 1}
+
+
+def test_stamps_change_with_what_references_mean(registry: Registry, delta: Path) -> None:
+    assert registry.stamps(["tone"]) == {"tone": (0, 0)}
+    seen = []
+    for change in (
+        lambda: registry.publish(delta, "tone"),
+        lambda: registry.publish(delta, "tone", aliases=["prod"]),
+        lambda: registry.promote("tone@1"),
+        lambda: registry.rollback("tone"),
+    ):
+        change()
+        seen.append(registry.stamps(["tone"])["tone"])
+    assert seen == [(1, 0), (2, 1), (2, 2), (2, 3)]
+    registry.promote("tone@2")
+    registry.publish(delta, "other")
+    assert registry.stamps(["tone"])["tone"] == seen[-1], "nothing moved"
