@@ -52,7 +52,10 @@ class Strategy(Protocol):
 
     @property
     def shards(self) -> frozenset[str]:
-        """What is divided over the ranks, of `weights`, `gradients` and `optimizer`; the rest is whole on each."""
+        """What is divided over the ranks, of `weights`, `gradients` and `optimizer`; the rest is whole on each.
+
+        `masters`: each rank steps its range of float32 copies of all that trains, an adapter included.
+        """
         ...
 
     @property

@@ -55,8 +55,8 @@ class DeepSpeed(Workers):
 
     @property
     def shards(self) -> frozenset[str]:
-        """Stage 1 divides optimiser state, stage 2 also gradients, stage 3 also weights."""
-        return frozenset(("optimizer", "gradients", "weights")[: self.zero_stage])
+        """Stage 1 divides optimiser state and masters, stage 2 also gradients, stage 3 also weights."""
+        return frozenset(("masters", "optimizer", "gradients", "weights")[: self.zero_stage + 1])
 
     def check_optimizers(self, optimizers: Optimizers) -> None:
         """One of `torch.optim`, that moves each element by its own gradient alone."""

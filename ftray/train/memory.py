@@ -46,6 +46,8 @@ class Memory:
     """All else: what layers save for the backward pass, and what operations need for a moment."""
     peak: int
     """All together."""
+    masters: int
+    """A float32 copy of what trains, for strategies that keep one."""
     state: int
     """State of the optimisers of all that trains, on however many ranks."""
     gathered: int
@@ -141,6 +143,7 @@ def step_memory(
         logits=logits,
         activations=peak - weights - gradients - state - logits,
         peak=peak,
+        masters=sum(4 * parameter.numel() for parameter in trained),
         state=state,
         gathered=gathered,
     )

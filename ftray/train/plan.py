@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ftray.config.recipe import Recipe
+from ftray.core.errors import ConfigError
 from ftray.core.spec import replace
 from ftray.data.source import find_sources
 from ftray.model.build import build_structure
@@ -76,7 +77,6 @@ def plan(recipe: Recipe) -> Plan:
         FtrayError: what would stop the run, as far as it is met.
     """
     recipe.require_own_loop("`ftray plan`")
-    recipe.require_own_loop("a plan")
     rows = look_at_rows(recipe)
     model: Any = build_structure(recipe.model, empty=True)
     recipe.adapt.apply(model, recipe.seed)
@@ -86,6 +86,8 @@ def plan(recipe: Recipe) -> Plan:
     steps = limits.max_steps
     if limits.num_train_epochs is not None:
         steps = math.ceil(limits.num_train_epochs * rows.per_epoch / limits.global_batch_size)
+    if limits.max_tokens is not None:
+        steps = math.ceil(limits.max_tokens / (rows.mean_tokens * limits.global_batch_size))
     return Plan(
         parameters=sum(size for size, _ in sizes),
         trainable=sum(size for size, trains in sizes if trains),
@@ -119,8 +121,13 @@ def look_at_rows(recipe: Recipe) -> Rows:
         per_epoch=max(1, round(len(lengths) * grown)),
         mean_tokens=float(lengths.mean()),
         micro_batch_tokens=_fullest(lengths, recipe.train.per_device_train_batch_size, recipe.seed),
-        targets_fraction=sum(count["targets"] for count in counts) / max(1, tokens),
+        targets_fraction=_targets_fraction(recipe, sum(count["targets"] for count in counts), tokens),
     )
+
+
+def _targets_fraction(recipe: Recipe, targets: int, tokens: int) -> float:
+    """Counts are of the rows' answers; some objectives learn prompts too."""
+    return 1.0 if recipe.objective.every_token else targets / max(1, tokens)
 
 
 def predict_memory(recipe: Recipe, rows: Rows) -> tuple[bool, Memory, int]:
@@ -155,24 +162,37 @@ def _resident(memory: Memory, counted: int, bf16: bool) -> int:
 
 def _of_a_rank(recipe: Recipe, memory: Memory, world: int) -> Memory:
     """Memory of one rank: what the strategy shards is divided, what ranks sum is there twice for a moment."""
-    if world == 1:
+    sharded = _shards(recipe)
+    has_masters = "masters" in sharded
+    if world == 1 and not has_masters:
         return memory
-    sharded: frozenset[str] = getattr(recipe.strategy, "shards", frozenset())
     trained_is_whole = "whole_matrices" in getattr(recipe.adapt, "supplies", ())
     weights, gradients, optimizer = memory.weights, memory.gradients, memory.optimizer
     own = memory.trained
     if "weights" in sharded:
         own = memory.trained if trained_is_whole else memory.trained // world
         weights = min(weights, (weights - memory.trained) // world + own + memory.gathered)
-    if "gradients" in sharded and not trained_is_whole:
+    if "gradients" in sharded and (has_masters or not trained_is_whole):
         gradients //= world
-    if "optimizer" in sharded and not trained_is_whole:
+    if has_masters:
+        optimizer += memory.masters
+    if "optimizer" in sharded and (has_masters or not trained_is_whole):
         optimizer //= world
     passes = weights + gradients + optimizer + memory.logits + memory.activations
     # Replicated gradients are summed when the activations are gone: they are there twice, and a piece again.
     summed = 0 if "gradients" in sharded else 2 * own + min(_BUCKET_BYTES, own)
     peak = max(passes, weights + optimizer + summed)
     return dataclasses.replace(memory, weights=weights, gradients=gradients, optimizer=optimizer, peak=peak)
+
+
+def _shards(recipe: Recipe) -> frozenset[str]:
+    """What the strategy says it divides; one of a user's own may not say."""
+    found: frozenset[str] | None = getattr(recipe.strategy, "shards", None)
+    if found is None:
+        raise ConfigError(
+            f"strategy: `{type(recipe.strategy).__name__}` does not say what it divides; add the property `shards`"
+        )
+    return found
 
 
 def _fullest(lengths: Any, micro_batch_size: int, seed: int) -> int:
@@ -233,8 +253,10 @@ def _word(value: Any) -> str:
 
 
 def gib(size: float) -> str:
-    """Bytes in words, as `1.25 GiB` or `310 MiB`."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    """Bytes in words, as `1.25 GiB`, `310 MiB` or `12 KiB`."""
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"
 
 
 def lines_of(found: Plan) -> list[str]:

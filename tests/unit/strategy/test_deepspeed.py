@@ -11,10 +11,11 @@ from ftray.core.errors import ConfigError
 from ftray.core.spec import spec
 from ftray.optim.adamw import AdamW
 from ftray.strategy.deepspeed import DeepSpeed
+from ftray.strategy.workers import Workers
 from ftray.strategy.zero import check_optimizers, split_groups
 from ftray.testing import tiny
 from ftray.train.check import check_model
-from ftray.train.plan import Rows, predict_memory
+from ftray.train.plan import Rows, plan, predict_memory
 from tests.recipes import MakeRecipe
 
 
@@ -62,24 +63,43 @@ def test_what_it_cannot_step_is_told_by_a_check(make_recipe: MakeRecipe, adapt: 
 
 
 def test_each_stage_says_what_it_divides() -> None:
-    divided = [DeepSpeed(zero_stage=stage).shards for stage in (1, 2, 3)]
+    divided = [DeepSpeed(zero_stage=stage).shards - {"masters"} for stage in (1, 2, 3)]
     assert divided == [{"optimizer"}, {"optimizer", "gradients"}, {"optimizer", "gradients", "weights"}]
+    assert all("masters" in DeepSpeed(zero_stage=stage).shards for stage in (1, 2, 3))
 
 
 def test_a_plan_divides_by_stage(make_recipe: MakeRecipe, tiny_base: Path) -> None:
     """Of four workers each holds a quarter of what its stage divides, and never more than under `ddp`."""
     rows = Rows(per_epoch=100, mean_tokens=64.0, micro_batch_tokens=128, targets_fraction=1.0)
     stages = [{"type": "deepspeed", "zero_stage": stage, "num_workers": 4} for stage in (1, 2, 3)]
-    config = {**tiny.ARCHITECTURES["llama"], "vocab_size": 258, "num_hidden_layers": 12}
+    config = {**tiny.ARCHITECTURES["llama"], "vocab_size": 258, "num_hidden_layers": 6}
     model = {"init": "config", "config": config, "tokenizer_name_or_path": str(tiny_base)}
     whole, one, two, three = (
         predict_memory(make_recipe(adapt="full", model=model, strategy=strategy), rows)[1]
         for strategy in ({"type": "ddp", "num_workers": 4}, *stages)
     )
-    assert [m.optimizer for m in (one, two, three)] == [whole.optimizer // 4] * 3
+    assert [m.optimizer for m in (one, two, three)] == [(whole.optimizer + whole.trained) // 4] * 3
     assert (one.gradients, two.gradients) == (whole.gradients, whole.gradients // 4)
     assert one.weights == two.weights == whole.weights > three.weights
     assert whole.peak > one.peak >= two.peak > three.peak
+    lora = [
+        predict_memory(make_recipe(adapt="lora", model=model, strategy=strategy), rows)[1]
+        for strategy in ({"type": "fsdp", "num_workers": 4}, stages[1])
+    ]
+    assert lora[1].optimizer == (lora[0].optimizer + lora[0].trained) // 4, (
+        "factors are whole, their state is not"
+    )
+
+
+def test_a_strategy_that_does_not_say_what_it_divides(make_recipe: MakeRecipe) -> None:
+    """A user's own may not; a plan that took it for `ddp` would be wrong in silence."""
+    with pytest.raises(ConfigError, match=r"strategy: `Silent` does not say what it divides; .*`shards`"):
+        plan(make_recipe(strategy={"type": "tests.unit.strategy.test_deepspeed:Silent"}))
+
+
+@spec
+class Silent(Workers):
+    """A user's strategy that says too little."""
 
 
 @spec

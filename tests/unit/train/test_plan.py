@@ -14,7 +14,7 @@ from ftray.config.load import write_resolved
 from ftray.core.errors import TrainError
 from ftray.train.memory import step_memory
 from ftray.train.oom import explained, is_out_of_memory
-from ftray.train.plan import look_at_rows, plan, what_fits
+from ftray.train.plan import gib, look_at_rows, plan, what_fits
 from tests.recipes import MakeRecipe
 
 
@@ -33,6 +33,17 @@ def test_a_plan_in_numbers(make_recipe: MakeRecipe) -> None:
     memory = found.memory
     parts = memory.weights + memory.gradients + memory.optimizer + memory.logits + memory.activations
     assert parts == memory.peak
+
+
+def test_small_sizes_are_not_nothing() -> None:
+    assert [gib(size) for size in (3 << 29, 310 << 20, 12 << 10)] == ["1.50 GiB", "310 MiB", "12 KiB"]
+
+
+def test_prompts_count_where_they_are_learnt(make_recipe: MakeRecipe) -> None:
+    answers, all_of_it = (
+        look_at_rows(make_recipe(objective=name)).targets_fraction for name in ("sft", "lm")
+    )
+    assert answers < 0.5 and all_of_it == 1.0
 
 
 def test_activations_are_those_that_layers_save(make_recipe: MakeRecipe) -> None:
