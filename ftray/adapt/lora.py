@@ -54,28 +54,36 @@ class LoRA:
         """Exact as low rank: merges, and shares a batch with others."""
         return Facts(kind="low_rank", mergeable=True, mixed_batch=True, detachable=True)
 
-    def apply(self, model: Any, seed: int) -> None:
+    def apply(self, model: Any, seed: int, name: str = TRAINED) -> None:
         """Wrap the targets and train one adapter: A uniform as PEFT draws it, B zero.
 
-        Each factor has a generator seeded by its own name, so its start does not depend on the world size or on
+        Each factor has a generator seeded by its layer's name, so its start does not depend on the world size or on
         which other adapters there are.
+
+        Args:
+            model: the structure.
+            seed: of the factors.
+            name: of the adapter; one of that name gives way to it.
 
         Raises:
             ConfigError: if a target matches nothing, or it is not said what happens to experts.
         """
         self._check_experts(model)
-        route = wrap(model, self.target_modules)
-        wrap_experts(model, self.target_parameters or [], route_of(model))
-        for name, layer in lora_layers(model).items():
+        chosen = wrap(model, self.target_modules)
+        chosen += wrap_experts(model, self.target_parameters or [], route_of(model))
+        unload_adapter(model, name)
+        for place, layer in lora_layers(model).items():
+            if not any(layer is other for other in chosen):
+                continue
             scaling = scaling_of(self.r, self.lora_alpha, self.use_rslora)
-            layer.add(TRAINED, self.r, scaling, dropout=self.lora_dropout)
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            layer.add(name, self.r, scaling, dropout=self.lora_dropout)
+            digest = hashlib.sha256(f"{seed}:{place}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             bound = 1 / math.sqrt(layer.in_features)
-            factor = layer.lora_A[TRAINED]
+            factor = layer.lora_A[name]
             with torch.no_grad():
                 factor.copy_(torch.empty(factor.shape).uniform_(-bound, bound, generator=generator))
-        route.active = TRAINED
+        route_of(model).active = name
 
     def _check_experts(self, model: Any) -> None:
         if self.target_parameters is None and (stacks := expert_stacks(model)):
@@ -86,11 +94,11 @@ class LoRA:
                 "adapt them, or `[]` to leave them"
             )
 
-    def save(self, model: Any, trained: Tensors, folder: Path, base_name: str) -> None:
-        """Write the trained adapter in PEFT's format."""
+    def save(self, model: Any, trained: Tensors, folder: Path, base_name: str, name: str = TRAINED) -> None:
+        """Write the adapter `name` in PEFT's format."""
         save_adapter(
             model,
-            TRAINED,
+            name,
             folder,
             base_name,
             whole=dict(trained),

@@ -45,13 +45,14 @@ def _by_expert(x_SI: torch.Tensor, stack_EOI: torch.Tensor, counts: Sequence[int
     return torch.cat([nn.functional.linear(part, matrix) for part, matrix in parts])
 
 
-def wrap_experts(model: Any, targets: Sequence[str], route: Route) -> None:
-    """Make the targeted stacks adaptable: `targets` are parameter names or their last parts.
+def wrap_experts(model: Any, targets: Sequence[str], route: Route) -> list[Factors]:
+    """The targeted stacks, made adaptable: `targets` are parameter names or their last parts.
 
     Raises:
         ConfigError: if a target matches no stack, or its layer has no forward that can be replaced.
     """
     stacks = expert_stacks(model)
+    chosen: list[Factors] = []
     for target in targets:
         hits = [name for name in stacks if name == target or name.endswith("." + target)]
         if not hits:
@@ -59,8 +60,8 @@ def wrap_experts(model: Any, targets: Sequence[str], route: Route) -> None:
             raise ConfigError(
                 f"target_parameters: {target!r} matches no stack of experts; here: {', '.join(known) or 'none'}"
             )
-        for name in hits:
-            add_factors(model, name, route)
+        chosen += [add_factors(model, name, route) for name in hits]
+    return chosen
 
 
 def can_adapt(model: Any, name: str) -> bool:

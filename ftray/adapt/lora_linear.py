@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ftray.adapt.low_rank import LowRankLinear
+from ftray.adapt.low_rank import LowRankLinear, Update, kept
 from ftray.adapt.route import Route
 from ftray.model.select import Targets, select_linear
 
@@ -59,7 +59,9 @@ class LoRALinear(Factors):
     The base's parameters keep their names (`...q_proj.weight`), so its weights load as without adapters.
     """
 
-    def __init__(self, base: nn.Module, route: Route) -> None:
+    stands_for_linear: ClassVar[bool] = True
+
+    def __init__(self, base: nn.Module, route: Route, name: str = "") -> None:
         weight: nn.Parameter = base.weight  # type: ignore[assignment]
         transposed = isinstance(base, Conv1D)
         shape = tuple(weight.shape)
@@ -68,57 +70,62 @@ class LoRALinear(Factors):
         self.transposed = transposed
         self.weight = weight
         self.bias: nn.Parameter | None = base.bias  # type: ignore[assignment]
-        self.route = route
-
-    def _delta(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        a, b = self.lora_A[name], self.lora_B[name]
-        x = F.dropout(x, self.dropout[name], self.training)
-        # The cast is a no-op unless the base is held in bfloat16 while the factors are float32.
-        return F.linear(F.linear(x.to(a.dtype), a), b) * self.scaling[name]
+        self.route, self.name = route, name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` `[..., in_features]` to `[..., out_features]`, each token through its routed adapter."""
-        name = self.route.active
-        if self.route.segments is None and name in self.scaling and self._trains_alone(name):
-            a, b = self.lora_A[name], self.lora_B[name]
-            together: torch.Tensor = LowRankLinear.apply(x, self.weight, self.bias, a, b, self.scaling[name])
+        route, tokens = self.route, x.numel() // self.in_features
+        segments = [(route.active, 0, tokens)] if route.segments is None else route.segments
+        assert segments[-1][2] == tokens, "the segments must cover the tokens this layer sees"
+        mine = [
+            (name, self._update(name, start, stop))
+            for name, start, stop in segments
+            if name is not None and name in self.scaling
+        ]
+        if mine and self._factors_alone_train():
+            factors = [factor for name, _ in mine for factor in (self.lora_A[name], self.lora_B[name])]
+            together: torch.Tensor = LowRankLinear.apply(
+                x, self.weight, self.bias, [update for _, update in mine], *factors
+            )
             return together
         if self.transposed:
             y = x @ self.weight if self.bias is None else x @ self.weight + self.bias
         else:
             y = F.linear(x, self.weight, self.bias)
-        route = self.route
-        if route.segments is None:
-            name = route.active
-            return y if name is None or name not in self.scaling else y + self._delta(x, name).to(y.dtype)
-        return self._segments(x, y)
+        return self._added(x, y, mine) if mine else y
 
-    def _trains_alone(self, name: str) -> bool:
-        """True if the factors train and nothing else does, and they see the layer's input as it is."""
+    def _update(self, name: str, start: int, stop: int) -> Update:
+        dropout = self.dropout[name] if self.training else 0.0
+        seed = self.route.seed(name, self.name) if dropout else 0
+        return Update(start, stop, self.scaling[name], dropout, seed)
+
+    def _factors_alone_train(self) -> bool:
+        """True if gradients are asked for, and of the base's own parameters none trains."""
         frozen = not self.weight.requires_grad and (self.bias is None or not self.bias.requires_grad)
-        same_input = not self.training or not self.dropout[name]
-        return torch.is_grad_enabled() and frozen and same_input and not self.transposed
+        return torch.is_grad_enabled() and frozen and not self.transposed
 
-    def _segments(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        assert self.route.segments is not None
+    def _delta(self, x: torch.Tensor, name: str, update: Update) -> torch.Tensor:
+        a, b = self.lora_A[name], self.lora_B[name]
+        if update.dropout:
+            x = x * kept(x, update.dropout, update.seed)
+        # The cast is a no-op unless the base is held in bfloat16 while the factors are float32.
+        return F.linear(F.linear(x.to(a.dtype), a), b) * update.scaling
+
+    def _added(self, x: torch.Tensor, y: torch.Tensor, mine: Sequence[tuple[str, Update]]) -> torch.Tensor:
+        """The base's output with the updates added."""
         tokens_x, tokens_y = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
-        assert self.route.segments[-1][2] == len(tokens_x), (
-            "the segments must cover the tokens this layer sees"
-        )
-        mine = [segment for segment in self.route.segments if segment[0] in self.scaling]
         if not torch.is_grad_enabled():
-            for name, start, stop in mine:
-                assert name is not None
-                tokens_y[start:stop] += self._delta(tokens_x[start:stop], name)
+            for name, update in mine:
+                part = slice(update.start, update.stop)
+                tokens_y[part] += self._delta(tokens_x[part], name, update)
             return tokens_y.view(y.shape)
-        pieces = []
-        for name, start, stop in self.route.segments:
-            piece = tokens_y[start:stop]
-            if name in self.scaling:
-                assert name is not None
-                piece = piece + self._delta(tokens_x[start:stop], name).to(y.dtype)
-            pieces.append(piece)
-        return torch.cat(pieces).view(y.shape)
+        pieces, end = [], 0
+        for name, update in mine:
+            part = slice(update.start, update.stop)
+            delta = self._delta(tokens_x[part], name, update).to(y.dtype)
+            pieces += [tokens_y[end : update.start], tokens_y[part] + delta]
+            end = update.stop
+        return torch.cat([*pieces, tokens_y[end:]]).view(y.shape)
 
 
 def route_of(model: Any) -> Route:
@@ -128,12 +135,10 @@ def route_of(model: Any) -> Route:
     return route
 
 
-def wrap(model: Any, targets: Targets) -> Route:
-    """Make the targeted linear layers adaptable; layers that are already stay. Returns the model's router."""
+def wrap(model: Any, targets: Targets) -> list[Factors]:
+    """The targeted linear layers, made adaptable where they are not yet."""
     route = route_of(model)
-    for name in select_linear(model, targets):
-        adaptable(model, name, route)
-    return route
+    return [adaptable(model, name, route) for name in select_linear(model, targets)]
 
 
 def adaptable(model: Any, name: str, route: Route) -> LoRALinear:
@@ -141,7 +146,7 @@ def adaptable(model: Any, name: str, route: Route) -> LoRALinear:
     module = model.get_submodule(name)
     if not isinstance(module, LoRALinear):
         parent, _, leaf = name.rpartition(".")
-        module = LoRALinear(module, route)
+        module = LoRALinear(module, route, name)
         setattr(model.get_submodule(parent), leaf, module)
     return module
 

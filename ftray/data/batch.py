@@ -73,6 +73,24 @@ def collate(rows: Sequence[RowArrays], row_ids: Sequence[int] | npt.NDArray[np.i
     )
 
 
+def join(batches: Sequence[Batch]) -> Batch:
+    """Batches end to end as one; a single one is itself."""
+    if len(batches) == 1:
+        return batches[0]
+    bounds, end = [batches[0].cu_seq_lens[:1]], 0
+    for batch in batches:
+        bounds.append(batch.cu_seq_lens[1:] + end)
+        end += batch.num_tokens
+    tokens = {
+        name: torch.cat([getattr(batch, name) for batch in batches], 1)
+        for name in ("input_ids", "labels", "weights", "position_ids")
+    }
+    rest = {
+        name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("group_lens", "row_ids")
+    }
+    return Batch(**tokens, **rest, cu_seq_lens=torch.cat(bounds))
+
+
 def _numbers(count: int) -> npt.NDArray[np.int64]:
     """0, 1, 2 ..., made once: the counting took as long as what is done with the numbers."""
     return _counted((count - 1).bit_length())[:count]

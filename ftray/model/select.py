@@ -14,12 +14,13 @@ Targets = list[str] | Literal["all-linear"]
 
 
 def linear_layers(model: Any) -> dict[str, nn.Module]:
-    """Every linear layer but the output head, by name (GPT-2's `Conv1D` is one)."""
+    """Every linear layer but the output head, by name (GPT-2's `Conv1D` is one), adapted ones too."""
     head = model.get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if (isinstance(module, nn.Linear | Conv1D) or hasattr(module, "stands_for_linear"))
+        and module is not head
     }
 
 

@@ -1,10 +1,11 @@
-"""Weighted cross-entropy through a plain head without a `[tokens, vocabulary]` tensor.
+"""Weighted cross-entropies through a plain head without a `[tokens, vocabulary]` tensor.
 
 The gradients are made in the forward pass while a chunk's logits are there (as in Liger Kernel, Hsu et al.,
 arXiv:2410.10989), so no logits are kept or computed twice. A chunk's logits stay in the type of the product; strip
 by strip, each small enough for a core's cache, they become float32, give a loss, and are put back as its gradient.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ _PRODUCT_ROWS = 4096
 
 
 class ChunkedNLL(torch.autograd.Function):
-    """Sum of weighted negative log-likelihoods of labels `[T]` given hidden states `[T, D]` and a head `[V, D]`.
+    """Sums of weighted negative log-likelihoods of labels `[T]` given hidden states `[T, D]` and a head `[V, D]`.
 
-    The backward pass can be taken once: it scales the gradients in place.
+    The tokens are those of `S` losses, of which each has the next `sizes[s]`; more than one only where the head is
+    frozen. The backward pass can be taken once: it scales the gradients in place.
     """
 
     @staticmethod
@@ -31,14 +33,16 @@ class ChunkedNLL(torch.autograd.Function):
         weight_VD: torch.Tensor,
         labels_T: torch.Tensor,
         weights_T: torch.Tensor,
+        sizes: Sequence[int],
     ) -> torch.Tensor:
-        """A float32 scalar."""
+        """`[S]` float32."""
         device = hidden_TD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
         grad_weight: torch.Tensor | None = None
-        total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        assert len(sizes) == 1 or not needs_weight, "a head's gradient is that of one loss"
+        losses_T = torch.zeros(len(labels_T), dtype=torch.float32, device=hidden_TD.device)
         head_VD = weight_VD.to(dtype)
         size = max(_LEAST_ROWS if needs_weight else 1, CHUNK_BYTES // (len(head_VD) * head_VD.itemsize))
         with torch.autocast(device, enabled=False):
@@ -46,7 +50,7 @@ class ChunkedNLL(torch.autograd.Function):
                 part = slice(start, start + size)
                 hidden_CD = hidden_TD[part].to(dtype)
                 logits_CV = hidden_CD @ head_VD.T
-                total += loss_to_gradient(logits_CV, labels_T[part], weights_T[part])
+                losses_T[part] = loss_to_gradient(logits_CV, labels_T[part], weights_T[part])
                 if grad_hidden is not None:
                     grad_hidden[part] = logits_CV @ head_VD
                 if needs_weight:
@@ -54,29 +58,29 @@ class ChunkedNLL(torch.autograd.Function):
         if needs_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight_VD)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight_VD.dtype
-        return total
+        ctx.weight_dtype, ctx.sizes = weight_VD.dtype, sizes
+        return torch.stack([losses.sum() for losses in losses_T.split(list(sizes))])
 
     @staticmethod
     def backward(
         ctx: Any, *grads: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        """The gradients of the forward pass, times the loss's own."""
-        (grad,) = grads
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+        """The gradients of the forward pass, times the losses' own."""
+        (grad_S,) = grads
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden.mul_(grad),
-            None if grad_weight is None else grad_weight.to(ctx.weight_dtype).mul_(grad),
-            None,
-            None,
-        )
+        if grad_hidden is not None:
+            for part, grad in zip(grad_hidden.split(list(ctx.sizes)), grad_S, strict=True):
+                part.mul_(grad)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.weight_dtype).mul_(grad_S[0])
+        return grad_hidden, grad_weight, None, None, None
 
 
 def loss_to_gradient(
     logits_CV: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor
 ) -> torch.Tensor:
-    """The weighted loss of a chunk; its logits become the loss's gradient, `weight (softmax - one-hot)`."""
-    total = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
+    """The weighted losses `[C]` of a chunk; its logits become their gradient, `weight (softmax - one-hot)`."""
+    losses_C = torch.empty(len(logits_CV), dtype=torch.float32, device=logits_CV.device)
     rows = max(1, _STRIP_ELEMENTS // logits_CV.shape[1]) if logits_CV.device.type == "cpu" else len(logits_CV)
     for start in range(0, len(logits_CV), rows):
         part = slice(start, start + rows)
@@ -85,11 +89,11 @@ def loss_to_gradient(
         strip_RV -= strip_RV.amax(1, keepdim=True)
         picked_R = strip_RV.gather(1, label_R)
         sum_R = strip_RV.exp_().sum(1, keepdim=True)
-        total += ((sum_R.log() - picked_R) * weight_R).sum()
+        losses_C[part] = ((sum_R.log() - picked_R) * weight_R)[:, 0]
         strip_RV.mul_(weight_R / sum_R).scatter_add_(1, label_R, -weight_R)
         if strip_RV.data_ptr() != logits_CV[part].data_ptr():
             logits_CV[part] = strip_RV
-    return total
+    return losses_C
 
 
 def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

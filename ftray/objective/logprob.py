@@ -5,6 +5,7 @@ pass while a chunk's logits are there (as in Liger Kernel, Hsu et al., arXiv:241
 or computed twice; any other head is checkpointed chunk by chunk.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,15 +36,25 @@ def select_targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 def weighted_nll(policy: Policy, batch: Batch) -> torch.Tensor:
     """Sum over targets of weight times negative log-likelihood, a float32 scalar."""
-    hidden_ND = policy.hidden(batch)
+    return policy.of_batch(_weighted_nlls, batch)
+
+
+def _weighted_nlls(policy: Policy, batches: Sequence[Batch]) -> Sequence[torch.Tensor]:
     # Without a target, too, every weight takes part and gets a zero gradient: ranks that share weights must agree
     # on which of them have one.
-    where, labels_T, weights_T = select_targets(batch)
-    hidden_TD = hidden_ND[where]
+    chosen = [select_targets(batch) for batch in batches]
+    hidden = [policy.hidden(batch)[where] for batch, (where, _, _) in zip(batches, chosen, strict=True)]
     weight_VD = policy.head.plain_weight
     if weight_VD is not None:
-        return ChunkedNLL.apply(hidden_TD, weight_VD, labels_T, weights_T)
-    return torch.stack(over_chunks(policy, _nll_of_chunk, hidden_TD, labels_T, weights_T)).sum()
+        labels_T, weights_T = (torch.cat([targets[part] for targets in chosen]) for part in (1, 2))
+        hidden_TD = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+        sizes = [len(where) for where, _, _ in chosen]
+        losses_S: torch.Tensor = ChunkedNLL.apply(hidden_TD, weight_VD, labels_T, weights_T, sizes)
+        return losses_S.unbind(0)
+    return [
+        torch.stack(over_chunks(policy, _nll_of_chunk, hidden_TD, labels_T, weights_T)).sum()
+        for hidden_TD, (_, labels_T, weights_T) in zip(hidden, chosen, strict=True)
+    ]
 
 
 def document_targets(batch: Batch) -> torch.Tensor:

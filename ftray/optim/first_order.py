@@ -1,21 +1,25 @@
 """The step engine of every first-order method: accumulate gradients, reduce, clip, step.
 
 The training loop calls `step` and knows nothing of `backward`: forward-only and roll-out engines fit the same
-place.
+place. Several engines, each of an adapter of its own, may share one model: `step_together` takes their steps in the
+same passes over it. Objective, gradients, clipping and optimisers stay each one's own, and a step of one engine is
+that of a group of one.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from ftray.data.batch import Batch
-from ftray.model.policy import Policy
+from ftray.model.policy import Policy, Together
 from ftray.model.precision import autocast
 from ftray.objective.base import Objective, loss_of
-from ftray.strategy.base import Strategy
+from ftray.strategy.base import Strategy, Update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,7 @@ class FirstOrder:
         optimizers: built from the same parameters.
         max_grad_norm: clip above this norm; None never clips.
         bf16: compute the forward pass in bfloat16.
+        adapter: which of the model's adapters trains here; None: the one that its route names.
     """
 
     def __init__(
@@ -63,43 +68,18 @@ class FirstOrder:
         *,
         max_grad_norm: float | None,
         bf16: bool = False,
+        adapter: str | None = None,
     ) -> None:
         self.policy, self.objective, self.strategy = policy, objective, strategy
         self.parameters, self.optimizers = dict(parameters), list(optimizers)
-        self.bf16, self.max_grad_norm = bf16, max_grad_norm
+        self.bf16, self.max_grad_norm, self.adapter = bf16, max_grad_norm, adapter
         self._base_rates = [
             [group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers
         ]
 
-    def step(self, batches: Sequence[Batch], scale: float) -> StepReport:
-        """One optimiser step over this rank's micro batches, at `scale` times the base learning rate."""
-        names, weights, counts = self._totals(batches)
-        sums = torch.zeros(len(names), dtype=torch.float64)
-        for batch in batches:
-            loss, batch_sums = self._forward(batch, names, weights)
-            self.strategy.backward(loss)
-            sums += batch_sums
-        sums = self.strategy.sum(sums)
-        means = dict(zip(names, (sums / weights).tolist(), strict=True))
-        total = loss_of(self.objective, means)
-        for optimizer, rates in zip(self.optimizers, self._base_rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * scale
-        # The loss is the same number on every rank, so all of them agree.
-        update = self.strategy.update(
-            list(self.parameters.values()), self.optimizers, self.max_grad_norm, sound=math.isfinite(total)
-        )
-        tokens, targets, squares = counts
-        return StepReport(
-            total,
-            means,
-            update.grad_norm,
-            update.applied,
-            int(tokens),
-            float(weights[0]),
-            num_targets=int(targets),
-            squared_lengths=squares,
-        )
+    def step(self, batches: Sequence[Batch], scale: float, noise: str = "") -> StepReport:
+        """One optimiser step over this rank's micro batches; the arguments are those of `Work`."""
+        return step_together([Work(self, batches, scale, noise)])[0]
 
     def time_s(self, batch: Batch, bf16: bool, repeats: int = 2) -> float:
         """Seconds of one forward and backward pass in a precision, the best of `repeats` after a first one.
@@ -107,11 +87,11 @@ class FirstOrder:
         No parameter moves; the gradients are dropped.
         """
         before, self.bf16 = self.bf16, bf16
-        weights = torch.ones(len(self.objective.weights(batch)), dtype=torch.float64)
+        work = Work(self, [batch], 1.0)
         times = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
-            self.strategy.backward(self._forward(batch, list(self.objective.weights(batch)), weights)[0])
+            _pass(0, [work], [torch.ones(len(work.names), dtype=torch.float64)])
             times.append(time.perf_counter() - start)
         # A step that is not sound moves nothing and drops the gradients, wherever the strategy keeps them.
         self.strategy.update(list(self.parameters.values()), self.optimizers, None, sound=False)
@@ -121,35 +101,132 @@ class FirstOrder:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums and weights of the terms over these batches on this rank, both float64."""
-        names = list(self.objective.weights(batches[0]))
-        sums, weights = (
-            torch.zeros(len(names), dtype=torch.float64),
-            torch.zeros(len(names), dtype=torch.float64),
-        )
+        sums, weights = [], []
         for batch in batches:
-            weights += torch.tensor(list(self.objective.weights(batch).values()), dtype=torch.float64)
-            sums += self._forward(batch, names, torch.ones_like(weights))[1]
-        return sums, weights
+            work = Work(self, [batch], 1.0)
+            weights.append(work.counts()[: len(work.names)])
+            with _routed([work], [batch.num_tokens]):
+                sums.append(work.loss(self.policy, batch, torch.ones_like(weights[-1]))[1])
+        return torch.stack(sums).sum(0), torch.stack(weights).sum(0)
 
-    def _totals(self, batches: Sequence[Batch]) -> tuple[list[str], torch.Tensor, list[float]]:
-        """Names and global weights of the terms; tokens, targets and squared document lengths."""
-        names = list(self.objective.weights(batches[0]))
-        local = torch.zeros(len(names) + 3, dtype=torch.float64)
-        for batch in batches:
+    def update(self, scale: float, *, sound: bool) -> Update:
+        """Reduce, clip and step by the gradients that are there, at `scale` times the base learning rate."""
+        for optimizer, rates in zip(self.optimizers, self._base_rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * scale
+        parameters = list(self.parameters.values())
+        return self.strategy.update(parameters, self.optimizers, self.max_grad_norm, sound=sound)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one engine is to do in one optimiser step, on this rank."""
+
+    engine: FirstOrder
+    batches: Sequence[Batch]
+    """The micro batches."""
+    scale: float
+    """Of the base learning rate."""
+    noise: str = ""
+    """What the dropout of adapters depends on, besides the layer and the micro batch; empty: on the state of
+    PyTorch's generator."""
+
+    @property
+    def names(self) -> list[str]:
+        """The terms of the objective."""
+        return list(self.engine.objective.weights(self.batches[0]))
+
+    def counts(self) -> torch.Tensor:
+        """Weight of each term; then tokens, targets and squared document lengths; float64."""
+        local = torch.zeros(len(self.names) + 3, dtype=torch.float64)
+        for batch in self.batches:
             lengths = batch.cu_seq_lens.diff().double()
             counts = [batch.num_tokens, batch.num_targets, float(lengths.square().sum())]
-            values = [*self.objective.weights(batch).values(), *counts]
+            values = [*self.engine.objective.weights(batch).values(), *counts]
             local += torch.tensor(values, dtype=torch.float64)
-        totals = self.strategy.sum(local)
-        # A step whose rows hold no target at all (possible with tiny batches) has zero loss, not 0/0.
-        return names, totals[:-3].clamp(min=1e-30), totals[-3:].tolist()
+        return local
 
-    def _forward(
-        self, batch: Batch, names: Sequence[str], weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        with autocast(self.bf16, batch.input_ids.device.type):
-            terms = self.objective.sums(self.policy, batch)
+    def loss(self, policy: Policy, batch: Batch, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A micro batch's share of the loss, to be differentiated, and the sums of its terms, float64.
+
+        Args:
+            policy: answers for the batch.
+            batch: the micro batch.
+            weights: what the terms are divided by: their weights in the whole step, over all ranks.
+        """
+        objective, names = self.engine.objective, self.names
+        with autocast(self.engine.bf16, batch.input_ids.device.type):
+            terms = objective.sums(policy, batch)
         parts = [terms[name].float() for name in names]
         scaled = dict(zip(names, (p / w for p, w in zip(parts, weights.tolist(), strict=True)), strict=True))
-        loss = torch.stack([scaled[name] for name in names if name not in self.objective.metrics]).sum()
+        loss = torch.stack([scaled[name] for name in names if name not in objective.metrics]).sum()
         return loss, torch.stack([part.detach().double().cpu() for part in parts])
+
+
+def step_together(works: Sequence[Work]) -> list[StepReport]:
+    """One optimiser step of each of several engines that share a model, a strategy and a precision.
+
+    The n-th micro batches of all of them go through the model in one pass; each rank has equally many of them.
+    """
+    strategy = works[0].engine.strategy
+    local = [work.counts() for work in works]
+    totals = strategy.sum(torch.cat(local)).split([len(counts) for counts in local])
+    # A step whose rows hold no target at all (possible with tiny batches) has zero loss, not 0/0.
+    weights = [total[:-3].clamp(min=1e-30) for total in totals]
+    sums = [torch.zeros_like(weight) for weight in weights]
+    for number in range(max(len(work.batches) for work in works)):
+        for total, found in zip(sums, _pass(number, works, weights), strict=True):
+            total += found
+    # The losses are the same numbers on every rank, so all of them agree.
+    sums = list(strategy.sum(torch.cat(sums)).split([len(weight) for weight in weights]))
+    return [_update(*of_one) for of_one in zip(works, sums, weights, totals, strict=True)]
+
+
+def _pass(number: int, works: Sequence[Work], weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Forward and backward through everybody's micro batch of a number; sums of the terms, 0 for who has none."""
+    sums = [torch.zeros_like(weight) for weight in weights]
+    present = [place for place, work in enumerate(works) if number < len(work.batches)]
+    batches = [works[place].batches[number] for place in present]
+    policy = works[0].engine.policy
+    if len(present) > 1:
+        policy = Together(policy, batches)
+    losses = []
+    # The route stays until the gradients are there: checkpointed layers are computed again.
+    with _routed([works[place] for place in present], [batch.num_tokens for batch in batches], number):
+        for place, batch in zip(present, batches, strict=True):
+            loss, sums[place] = works[place].loss(policy, batch, weights[place])
+            losses.append(loss)
+        works[0].engine.strategy.backward(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
+    return sums
+
+
+@contextlib.contextmanager
+def _routed(works: Sequence[Work], lengths: Sequence[int], number: int = 0) -> Iterator[None]:
+    """Inside the block the next tokens of each length go through the adapter of the engine they are for."""
+    route = getattr(works[0].engine.policy.model, "ftray_route", None)
+    if route is None:
+        yield
+        return
+    names = [work.engine.adapter or route.active for work in works]
+    noise = {name: f"{work.noise}:{number}" for name, work in zip(names, works, strict=True) if work.noise}
+    ends = list(itertools.accumulate(lengths, initial=0))
+    segments = None if len(works) == 1 else list(zip(names, ends, ends[1:], strict=False))
+    with route.use(names[0], segments, noise):
+        yield
+
+
+def _update(work: Work, sums: torch.Tensor, weights: torch.Tensor, totals: torch.Tensor) -> StepReport:
+    means = dict(zip(work.names, (sums / weights).tolist(), strict=True))
+    loss = loss_of(work.engine.objective, means)
+    update = work.engine.update(work.scale, sound=math.isfinite(loss))
+    tokens, targets, squares = totals[-3:].tolist()
+    return StepReport(
+        loss,
+        means,
+        update.grad_norm,
+        update.applied,
+        int(tokens),
+        float(weights[0]),
+        num_targets=int(targets),
+        squared_lengths=squares,
+    )

@@ -77,12 +77,13 @@ def one_step(run: Run, progress: float) -> float:
     The last step's checkpoint is taken at the end of the run, when its validation loss is known.
     """
     recipe, step = run.recipe, run.state.step
-    torch.manual_seed(step_seed(recipe.seed, step, recipe.strategy.dp_rank))
+    noise = step_seed(recipe.seed, step, recipe.strategy.dp_rank)
+    torch.manual_seed(noise)  # of what the base itself draws
     scale = recipe.lr_scheduler.scale(step, progress)
     run.beat("rows" if recipe.data.stream else "step")  # rows that are being prepared are waited for
     batches = run.feed.batches(step)
     run.beat()
-    report = run.engine.step(batches, scale)
+    report = run.engine.step(batches, scale, str(noise))
     if not report.applied and recipe.train.nan_policy != "skip":
         return run.not_finite(report)
     progress = run.advance(report, recipe.optim.learning_rate * scale)

@@ -18,7 +18,7 @@ def run(dtype: torch.dtype, bf16: bool = False, train_head: bool = True) -> dict
     labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
     weights = torch.rand(TOKENS, generator=generator)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss = ChunkedNLL.apply(hidden, head, labels, weights)
+        (loss,) = ChunkedNLL.apply(hidden, head, labels, weights, [TOKENS])
     (loss / 7).backward()
     exact_hidden = hidden.detach().double().requires_grad_()
     exact_head = head.detach().double().requires_grad_()
@@ -62,7 +62,7 @@ def test_frozen_head_and_no_targets() -> None:
     assert run(torch.float32, train_head=False)["head"] is None
     hidden = torch.zeros(0, WIDTH, requires_grad=True)
     head = torch.ones(VOCABULARY, WIDTH, requires_grad=True)
-    loss = ChunkedNLL.apply(hidden, head, torch.zeros(0, dtype=torch.long), torch.zeros(0))
+    (loss,) = ChunkedNLL.apply(hidden, head, torch.zeros(0, dtype=torch.long), torch.zeros(0), [0])
     loss.backward()
     assert float(loss.detach()) == 0
     assert head.grad is not None and not head.grad.any()
