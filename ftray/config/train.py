@@ -16,6 +16,8 @@ class TrainConfig:
     """Optimiser steps."""
     num_train_epochs: float | None = Field(default=None, gt=0)
     """Passes over the data, instead of `max_steps`."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Tokens trained on, instead of `max_steps`: the run ends with the step that reaches them."""
     max_time_s: float | None = Field(default=None, gt=0)
     """Seconds of training after which the run ends; the schedule follows whichever limit is nearer."""
     global_batch_size: int = Field(default=16, ge=1)
@@ -62,10 +64,12 @@ class TrainConfig:
     """With `num_workers: [least, most]`: seconds between looks at the room there is."""
 
     def __post_init__(self) -> None:
-        if self.max_steps is None and self.num_train_epochs is None and self.max_time_s is None:
-            raise ConfigError("max_steps: missing; set `max_steps`, `num_train_epochs` or `max_time_s`")
-        if self.max_steps is not None and self.num_train_epochs is not None:
-            raise ConfigError("num_train_epochs: also `max_steps` is set; keep one of the two")
+        lengths = {name: getattr(self, name) for name in ("max_steps", "num_train_epochs", "max_tokens")}
+        given = [name for name, value in lengths.items() if value is not None]
+        if not given and self.max_time_s is None:
+            raise ConfigError(f"max_steps: missing; set one of {', '.join(lengths)}, max_time_s")
+        if len(given) > 1:
+            raise ConfigError(f"{given[1]}: also `{given[0]}` is set; keep one of the two")
         if self.early_stopping_patience is not None and self.eval_steps is None:
             raise ConfigError(
                 "early_stopping_patience: nothing is validated while training; set `eval_steps`"

@@ -1,4 +1,4 @@
-"""How far a run is: by steps or by the clock, whichever is further."""
+"""How far a run is: by steps or tokens, or by the clock, whichever is further."""
 
 import math
 import time
@@ -22,6 +22,7 @@ class Clock:
         self.max_steps = limits.max_steps
         if limits.num_train_epochs is not None:
             self.max_steps = math.ceil(limits.num_train_epochs * num_rows / limits.global_batch_size)
+        self.max_tokens = limits.max_tokens
         self.max_time_s = limits.max_time_s
         self.strategy = strategy
         self._start = time.monotonic() - state.elapsed_s
@@ -31,10 +32,15 @@ class Clock:
         """Seconds of training, earlier processes of the same run included."""
         return time.monotonic() - self._start
 
-    def progress(self, step: int) -> float:
-        """Fraction done before step `step`, the same on every rank; 1 ends the run."""
-        by_steps = step / self.max_steps if self.max_steps else 0.0
+    def done(self, state: State) -> int:
+        """Tokens of a run that is limited by tokens, else optimiser steps."""
+        return state.tokens if self.max_tokens else state.step
+
+    def progress(self, state: State) -> float:
+        """Fraction done before the next step, the same on every rank; 1 ends the run."""
+        limit = self.max_tokens or self.max_steps
+        by_count = self.done(state) / limit if limit else 0.0
         if self.max_time_s is None:
-            return min(1.0, by_steps)
-        fraction: float = self.strategy.share(max(by_steps, self.elapsed_s / self.max_time_s))
+            return min(1.0, by_count)
+        fraction: float = self.strategy.share(max(by_count, self.elapsed_s / self.max_time_s))
         return min(1.0, fraction)

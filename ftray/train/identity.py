@@ -27,7 +27,7 @@ _HOUSEKEEPING = (
     "early_stopping_threshold",
     "profile_steps",
 )
-_LENGTH = ("max_steps", "num_train_epochs", "max_time_s")
+_LENGTH = ("max_steps", "num_train_epochs", "max_tokens", "max_time_s")
 _OTHER = {
     "data": "other training rows (sources, transforms, tokenizer or sizes of `data`)",
     "order": "another `data.window_shards`, `data.mixture` or read-time transform",

@@ -66,7 +66,7 @@ class Run:
     clock: Clock
     state: State
     stop_at: int | None = None
-    """Step after which this part of a longer run ends."""
+    """Optimiser step (of a run limited by tokens: token) at which this part of a longer run ends."""
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Metrics of the last step."""
 
@@ -79,11 +79,11 @@ class Run:
     def progress(self) -> float:
         """Fraction of the run that is done; 1 also if validation has not got better for too long."""
         over = early.is_over(self.recipe.train, self.state)
-        return 1.0 if over else self.clock.progress(self.state.step)
+        return 1.0 if over else self.clock.progress(self.state)
 
     def is_over(self, progress: float) -> bool:
         """True if no step follows here."""
-        return progress >= 1 or self.state.step == self.stop_at
+        return progress >= 1 or (self.stop_at is not None and self.clock.done(self.state) >= self.stop_at)
 
     def published(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block the model has the weights that are validated and published."""
@@ -117,7 +117,7 @@ class Run:
             loss=report.loss,
             eval_loss=None,
         )
-        progress = self.clock.progress(self.state.step)
+        progress = self.clock.progress(self.state)
         terms = _by_name(self.recipe.objective, report.terms)
         self.record = {
             "step": self.state.step,
@@ -239,14 +239,14 @@ class Run:
         self.feed.go_on(then.step, position)
         if strategy.dp_rank == 0:
             self.io.open(self.recipe, then.step)
-        return self.clock.progress(then.step)
+        return self.clock.progress(self.state)
 
     def finish(self) -> Result:
         """Validate, commit the last checkpoint, save the delta and the picture."""
         state, run_dir = self.state, self.io.run_dir
         metrics = {} if state.loss is None else {"loss": state.loss}
         metrics |= self.validate()
-        progress = self.clock.progress(state.step)
+        progress = self.clock.progress(state)
         self.io.log({"step": state.step, "progress": progress, **metrics, "final": True})
         self.commit(wait=True)
         self.beat("end")

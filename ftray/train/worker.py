@@ -38,7 +38,8 @@ def train(
         recipe: the run.
         io: its surroundings; the run goes on from the newest checkpoint in `io.run_dir`, if there is one.
         start_from: a committed checkpoint of the same structure (a donor's) to begin with instead of nothing.
-        stop_at: end after this optimiser step (a segment of a longer run), with a checkpoint and a delta.
+        stop_at: end after this optimiser step, or with the step that reaches this many tokens in a run limited
+            by them (a segment of a longer run), with a checkpoint and a delta.
         accept_changed_data: go on though the rows, the seed or the batch size are not those of the checkpoint.
 
     Raises:

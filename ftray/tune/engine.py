@@ -45,7 +45,7 @@ class Segment:
     """Name of the segment whose checkpoint it starts from."""
     config: dict[str, Any]
     stop_at: int
-    """Optimiser step at which it ends."""
+    """Optimiser step at which it ends; tokens if the search counts segments in them."""
 
 
 class Engine:
@@ -186,7 +186,7 @@ class Engine:
         self.journal.close()
 
     def _segment(self, member: Member) -> Segment:
-        stop_at = (member.segment + 1) * self.config.segment_steps
+        stop_at = (member.segment + 1) * self.config.segment_length
         identity = [member.checkpoint, member.config, member.index, member.segment, stop_at]
         digest = digest_json(identity).removeprefix("xxh3:")[:12]
         return Segment(

@@ -26,12 +26,7 @@ def open_search(
         TuneError: if the journal is damaged, held by another driver, or belongs to another search.
     """
     config = in_steps(config, recipe)
-    plain = segment_recipe(
-        recipe,
-        config.num_segments * config.segment_steps,
-        evaluates=config.segment_evaluations is not None,
-        spread=config.spread,
-    )
+    plain = segment_recipe(config, recipe)
     Space(config.space, config.constraints, plain).check(parse(Recipe, plain))
     check_metric(config, recipe)
     load_function(config.train_fn)

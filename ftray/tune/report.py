@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ftray.config.load import load, write_resolved
 from ftray.config.recipe import Recipe
@@ -15,6 +16,7 @@ from ftray.tune.members import JOURNAL, MemberView, members
 from ftray.tune.plots import plot, plot_curves, plot_lineage, plot_parallel
 from ftray.tune.population import replay
 from ftray.tune.result import RESULT, TuneResult, summarise, write_result
+from ftray.tune.segment import LENGTHS
 from ftray.tune.space import apply
 from ftray.tune.track import track
 
@@ -58,18 +60,18 @@ def report(folder: Path) -> Report:
     track(views, recipe, config.name, out / "members")
     opened = replay(records).opened
     assert opened is not None
-    write_resolved(best_recipe(recipe, found, opened["recipe"]["train"]["max_steps"]), out / BEST)
+    write_resolved(best_recipe(recipe, found, opened["recipe"]["train"]), out / BEST)
     write_result(found, out)
     return Report(found, views, sorted(path for path in out.iterdir() if path.is_file()))
 
 
-def best_recipe(recipe: Recipe, result: TuneResult, num_steps: int) -> Recipe:
-    """The user's recipe with the winner's last configuration, as many steps long as the search's members.
+def best_recipe(recipe: Recipe, result: TuneResult, train: dict[str, Any]) -> Recipe:
+    """The user's recipe with the winner's last configuration, as long as a member trains in all.
 
     A schedule that changed on the way is repeated by `ftray tune replay`, not by this recipe.
     """
     data = dump(apply(recipe, result.config))
-    data["train"] |= {"max_steps": num_steps, "num_train_epochs": None, "max_time_s": None}
+    data["train"] |= {key: train.get(key) for key in LENGTHS}
     name = f"{result.name}-best"
     data["name"] = name if NAME_PATTERN.fullmatch(name) else "best"
     return parse(Recipe, data)

@@ -25,6 +25,8 @@ from ftray.tune.engine import Segment
 from ftray.tune.space import apply
 
 RESULT = "segment.json"
+LENGTHS = ("max_steps", "num_train_epochs", "max_tokens", "max_time_s")
+"""Fields of `train` that limit a run."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,7 @@ class Outcome:
     """Whether the whole search must end."""
 
 
-def segment_recipe(
-    recipe: Recipe, num_steps: int, *, evaluates: bool = False, spread: bool = False
-) -> dict[str, Any]:
+def segment_recipe(config: TuneConfig, recipe: Recipe) -> dict[str, Any]:
     """A user's recipe as the search runs it, as plain data.
 
     Schedules span all segments, nothing is saved or validated but at a segment's end, and each member is
@@ -73,21 +73,20 @@ def segment_recipe(
     by which members would differ by chance; here it means float32.
 
     Args:
+        config: the search, its segments counted in steps or tokens (`in_steps`).
         recipe: the user's.
-        num_steps: optimiser steps of all segments.
-        evaluates: keep the validations inside segments.
-        spread: keep the recipe's strategy.
     """
-    limits = {"max_steps": num_steps, "num_train_epochs": None, "max_time_s": None}
+    unit = "max_steps" if config.segment_tokens is None else "max_tokens"
+    limits = {**dict.fromkeys(LENGTHS), unit: config.num_segments * config.segment_length}
     quiet: dict[str, Any] = {"save_steps": None, "save_total_limit": 1, "save_best": False}
     quiet["early_stopping_patience"] = None  # it would end a member before its segment does
-    if not evaluates:
+    if config.segment_evaluations is None:
         quiet["eval_steps"] = None
     data = dump(recipe)
     data["train"] |= limits | quiet
     if data["train"]["bf16"] == "auto":
         data["train"]["bf16"] = False
-    return {**data, "strategy": data["strategy"] if spread else "single", "tracking": []}
+    return {**data, "strategy": data["strategy"] if config.spread else "single", "tracking": []}
 
 
 def in_steps(config: TuneConfig, recipe: Recipe) -> TuneConfig:

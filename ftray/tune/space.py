@@ -19,7 +19,7 @@ STRUCTURAL = ("adapt", "data", "model", "objective", "seed")
 """Sections whose value belongs to the trained state: a member takes them over with its donor's checkpoint."""
 
 OWNED = ("name", "output_dir", "strategy", "tracking")
-OWNED_TRAIN = ("max_steps", "num_train_epochs", "max_time_s", "eval_steps", "save_steps")
+OWNED_TRAIN = ("max_steps", "num_train_epochs", "max_tokens", "max_time_s", "eval_steps", "save_steps")
 """Sections, and fields of `train`, that the search sets itself: it says how long, where, in one worker."""
 
 _DRAWS = 1000

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from ftray.config.recipe import Recipe
-from ftray.config.tune import TuneConfig
+from ftray.config.tune import TRAIN_FN, TuneConfig
 from ftray.core.errors import ConfigError
 from ftray.core.spec import parse
 from ftray.core.spec import replace as spec_replace
+from ftray.train.track.jsonl import read_records
 from ftray.tune.engine import Segment
 from ftray.tune.segment import Job, in_steps, load_function, read_result, run_segment, segment_recipe
 from ftray.tune.space import Space
@@ -49,8 +50,15 @@ def recipe(tmp_path) -> Recipe:
 
 @pytest.fixture
 def job(tmp_path, recipe) -> Job:
-    plain = segment_recipe(recipe, 8)
+    plain = segment_recipe(search_of(8), recipe)
     return Job(str(tmp_path / "search"), plain, "ftray.testing.toy_train:train", "eval_loss", str(tmp_path))
+
+
+def search_of(segment_steps: int, **changes) -> TuneConfig:
+    """A search of so many steps in all."""
+    space = {"optim.learning_rate": {"uniform": [0, 1]}}
+    settings = {"num_segments": 1, "segment_steps": segment_steps, **changes}
+    return parse(TuneConfig, {"name": "s", "recipe": "r", "space": space, **settings})
 
 
 def steps_done(tmp_path) -> int:
@@ -59,7 +67,7 @@ def steps_done(tmp_path) -> int:
 
 
 def test_the_search_says_how_long_and_in_one_worker(recipe):
-    plain = parse(Recipe, segment_recipe(recipe, 12))
+    plain = parse(Recipe, segment_recipe(search_of(12), recipe))
     assert plain.train.max_steps == 12 and plain.train.num_train_epochs is None
     assert plain.strategy.num_workers == 1 and plain.tracking == [] and plain.train.bf16 is False
 
@@ -105,7 +113,7 @@ def test_a_train_fn_that_is_not_there_is_one_line(path):
 
 
 def test_a_space_is_checked_against_the_recipe(recipe):
-    plain = parse(Recipe, segment_recipe(recipe, 8))
+    plain = parse(Recipe, segment_recipe(search_of(8), recipe))
     Space({"optim.learning_rate": {"uniform": [0.1, 0.2]}, "adapt.r": {"int": [1, 4]}}).check(plain)
     cases = {
         "optim.learning_rte": ({"uniform": [0, 1]}, "did you mean `optim.learning_rate`"),
@@ -152,18 +160,38 @@ def test_a_full_disk_ends_the_search_and_not_the_member(job, tmp_path):
 
 
 def test_segments_are_counted_in_validations_if_the_recipe_says_when(recipe):
-    search = parse(
-        TuneConfig,
-        {"name": "s", "recipe": "r", "space": {"optim.learning_rate": {"uniform": [0, 1]}}},
-    )
+    search = search_of(2)
     assert in_steps(search, recipe) == search
     counted = spec_replace(search, "segment_evaluations", 3)
     with pytest.raises(ConfigError, match="set its"):
         in_steps(counted, recipe)
     validating = spec_replace(recipe, "train.eval_steps", 4)
     assert in_steps(counted, validating).segment_steps == 12
-    assert segment_recipe(validating, 24, evaluates=True)["train"]["eval_steps"] == 4
-    assert segment_recipe(validating, 24)["train"]["eval_steps"] is None
+    assert segment_recipe(in_steps(counted, validating), validating)["train"]["eval_steps"] == 4
+    assert segment_recipe(search, validating)["train"]["eval_steps"] is None
+
+
+def test_segments_counted_in_tokens_end_with_the_step_that_reaches_them(make_recipe, tmp_path):
+    recipe = make_recipe(train__num_train_epochs=None)
+    plain = segment_recipe(search_of(1, num_segments=2, segment_tokens=1000), recipe)
+    assert plain["train"]["max_tokens"] == 2000 and plain["train"]["max_steps"] is None
+    steps = []
+    for batch in (2, 6):
+        here = Job(str(tmp_path / f"batch-{batch}"), plain, TRAIN_FN, "loss", str(tmp_path))
+        config = {"train.global_batch_size": batch}
+        first = replace(SEGMENT, config=config, stop_at=1000)
+        second = replace(first, name="m000-s001-xyz", segment=1, checkpoint=first.name, stop_at=2000)
+        outcomes = [run_segment(here, segment) for segment in (first, second)]
+        assert [outcome.error for outcome in outcomes] == ["", ""]
+        counts = [read_records(here.path(segment.name) / "metrics.jsonl") for segment in (first, second)]
+        seen = [record["tokens"] for records in counts for record in records if "tokens" in record]
+        assert seen == sorted(seen) and sum(count < 1000 for count in seen) == len(counts[0]) - 2
+        assert seen[-1] >= 2000 > seen[-2], "the last step is the one that reaches them"
+        assert sum(outcome.tokens for outcome in outcomes) == seen[-1]
+        steps.append(len(seen))
+    assert steps[0] > 2 * steps[1]
+    with pytest.raises(ConfigError, match="segment_tokens: also `segment_evaluations`"):
+        search_of(2, segment_tokens=1000, segment_evaluations=1)
 
 
 def test_what_a_segment_took_is_its_own_part(job):
@@ -176,9 +204,9 @@ def test_a_value_that_other_pieces_forbid_is_told_before_anything_runs(recipe):
     sharded = spec_replace(recipe, "strategy", {"type": "fsdp", "num_workers": 2})
     sharded = spec_replace(sharded, "adapt", "full")
     space = Space({"optim": {"choice": ["adamw", "muon"]}})
-    space.check(parse(Recipe, segment_recipe(sharded, 8)))
+    space.check(parse(Recipe, segment_recipe(search_of(8), sharded)))
     with pytest.raises(ConfigError) as caught:
-        space.check(parse(Recipe, segment_recipe(sharded, 8, spread=True)))
+        space.check(parse(Recipe, segment_recipe(search_of(8, spread=True), sharded)))
     message = str(caught.value)
     assert message.startswith("space.optim: ") and "`muon`" in message and "`fsdp`" in message
     assert "\n" not in message
