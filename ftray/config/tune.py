@@ -41,6 +41,9 @@ class TuneConfig:
     """Optimiser steps in one segment."""
     segment_evaluations: int | None = Field(default=None, ge=1)
     """Instead of `segment_steps`: validations in one segment, one every `train.eval_steps` of the recipe."""
+    segment_tokens: int | None = Field(default=None, ge=1)
+    """Instead of `segment_steps`: tokens in one segment, so that members of different batches are compared after
+    as much text; each ends with the step that reaches them."""
     asynchronous: bool = False
     """Decide about each member as soon as it is through, by what is known then: nobody waits, but another number
     of slots or a killed driver gives another search. What the journal holds is kept to all the same."""
@@ -64,7 +67,14 @@ class TuneConfig:
     seed: int = Field(default=0, ge=0)
     """Seeds the first population, donors and perturbations."""
 
+    @property
+    def segment_length(self) -> int:
+        """Optimiser steps in one segment, or tokens if `segment_tokens` is set."""
+        return self.segment_tokens or self.segment_steps
+
     def __post_init__(self) -> None:
+        if self.segment_tokens is not None and self.segment_evaluations is not None:
+            raise ConfigError("segment_tokens: also `segment_evaluations` is set; keep one of the two")
         if self.spread and self.train_fn != TRAIN_FN:
             raise ConfigError(f"spread: {self.train_fn} runs in one process; leave one of the two out")
         if not is_name(self.name):
