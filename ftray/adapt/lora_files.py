@@ -1,5 +1,6 @@
 """LoRA adapters to and from PEFT's folders."""
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,28 +94,91 @@ def _short_names(model: Any, layers: Mapping[str, LoRALinear]) -> list[str]:
     return leaves if len(meant) == len(layers) and not expert_stacks(model) else sorted(layers)
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A low-rank adapter's tensors, checked against a base and not yet part of a model."""
+
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    """A and B, as `Factors` holds them, by the name of the linear layer or of the stack of experts."""
+    stacks: frozenset[str]
+    """Which of the names are stacks of experts."""
+    lora_alpha: float
+    """Scaling numerator."""
+    use_rslora: bool
+    """Scale by `lora_alpha / sqrt(r)`."""
+
+    def scaling(self, name: str) -> float:
+        """What the update of one layer is multiplied by."""
+        return scaling_of(self.factors[name][0].shape[-2], self.lora_alpha, self.use_rslora)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all factors."""
+        return sum(part.nbytes for pair in self.factors.values() for part in pair)
+
+
+class AdapterSites:
+    """Where a base can be adapted, seen once: adapters are then read without a look at the model's modules.
+
+    So one thread may read adapters while another runs the model or puts them into it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._stacks = {
+            name: _stack_shape(model, name) for name in expert_stacks(model) if can_adapt(model, name)
+        }
+        self._linear = {
+            name: _linear_shape(module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D | LoRALinear)
+        }
+
+    def read(self, folder: Path) -> Adapter:
+        """Read a LoRA folder in PEFT's format.
+
+        Raises:
+            DeltaError: one line, if the folder is not such an adapter, uses a variant that is not plain LoRA, or
+                does not fit this base.
+        """
+        config = read_config(folder)
+        places = self._stack_places(config)
+        plan = {}
+        for place, pair in read_factors(folder).items():
+            name = places.get(place, place)
+            shape = self._stacks[name] if place in places else self._linear.get(place)
+            if shape is None:
+                raise DeltaError(
+                    f"{folder}: `{place}` is no linear layer of this base; the adapter is for another base"
+                )
+            plan[name] = _checked_pair(folder, place, pair, shape, config.ranks())
+        stacks = frozenset(plan.keys() & places.values())
+        return Adapter(plan, stacks, config.lora_alpha, config.use_rslora)
+
+    def _stack_places(self, config: AdapterConfig) -> dict[str, str]:
+        """PEFT's name of the layer -> parameter, for the stacks of experts that an adapter targets."""
+        targets = config.target_parameters or []
+        wanted = [name for name in self._stacks if any(name == t or name.endswith("." + t) for t in targets)]
+        return {place: name for name, place in peft_names(self._model, wanted).items()}
+
+
 def load_adapter(model: Any, name: str, folder: Path) -> None:
     """Load a LoRA folder in PEFT's format as adapter `name`; layers are made adaptable as needed.
 
     Raises:
-        DeltaError: one line, if the folder is not such an adapter, uses a variant that is not plain LoRA, or
-            does not fit this base.
+        DeltaError: as `AdapterSites.read`.
     """
-    config = read_config(folder)
-    factors = read_factors(folder)
-    route = route_of(model)
-    stacks = _stack_places(model, config)
-    plan = {}
-    for place, pair in factors.items():
-        stack = stacks.get(place)
-        shape = _stack_shape(model, stack) if stack else _linear_shape(model, folder, place)
-        plan[place] = _checked_pair(folder, place, pair, shape, config.ranks())
+    put_adapter(model, name, AdapterSites(model).read(folder))
+
+
+def put_adapter(model: Any, name: str, adapter: Adapter) -> None:
+    """Make an adapter that was read part of the model; an earlier one of this name gives way."""
     unload_adapter(model, name)
-    for place, (a, b) in plan.items():
-        stack = stacks.get(place)
-        target: Factors = add_factors(model, stack, route) if stack else adaptable(model, place, route)
-        r = a.shape[-2]
-        target.add(name, r, scaling_of(r, config.lora_alpha, config.use_rslora))
+    route = route_of(model)
+    for place, (a, b) in adapter.factors.items():
+        stack = place in adapter.stacks
+        target: Factors = add_factors(model, place, route) if stack else adaptable(model, place, route)
+        target.add(name, a.shape[-2], adapter.scaling(place))
         with torch.no_grad():
             target.lora_A[name].copy_(a)
             target.lora_B[name].copy_(b)
@@ -128,17 +192,6 @@ def unload_adapter(model: nn.Module, name: str) -> None:
         layer.remove(name)
 
 
-def _stack_places(model: Any, config: AdapterConfig) -> dict[str, str]:
-    """PEFT's name of the layer -> parameter, for the stacks of experts that an adapter targets."""
-    wanted = [
-        name
-        for name in expert_stacks(model)
-        if can_adapt(model, name)
-        and any(name == target or name.endswith("." + target) for target in config.target_parameters or [])
-    ]
-    return {place: name for name, place in peft_names(model, wanted).items()}
-
-
 Shape = tuple[int, int, int]
 """Matrices (0: one that is no stack), rows, columns."""
 
@@ -150,17 +203,10 @@ def _stack_shape(model: Any, name: str) -> Shape:
     return (num_experts, second, first) if experts.is_transposed else (num_experts, first, second)
 
 
-def _linear_shape(model: Any, folder: Path, layer: str) -> Shape:
-    try:
-        module = model.get_submodule(layer)
-    except AttributeError:
-        module = None
-    if not isinstance(module, nn.Linear | Conv1D | LoRALinear):
-        raise DeltaError(
-            f"{folder}: `{layer}` is no linear layer of this base; the adapter is for another base"
-        )
+def _linear_shape(module: nn.Module) -> Shape:
     transposed = isinstance(module, Conv1D) or getattr(module, "transposed", False)
-    rows, columns = module.weight.shape[::-1] if transposed else module.weight.shape
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    rows, columns = weight.shape[::-1] if transposed else weight.shape
     return 0, rows, columns
 
 

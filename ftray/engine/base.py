@@ -1,10 +1,14 @@
 """Facts about a base that engines need, and the check that a delta belongs to it."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftray.adapt.lora import LoRALinear, load_adapter, unload_adapter
+from ftray.adapt.lora_files import Adapter, AdapterSites
+from ftray.adapt.peft_files import CONFIG, WEIGHTS
 from ftray.core.errors import DeltaError
+from ftray.core.fs import digest_file, digest_json
 from ftray.delta import manifest
 from ftray.engine.api import EngineInfo
 from ftray.engine.scheduler import Scheduler
@@ -13,7 +17,16 @@ from ftray.model.positions import max_positions
 from ftray.model.tokenizer import chat_template_hash
 from ftray.registry.local import VERSION_FILE
 
-__all__ = ["DeltaGate", "attention_span", "engine_info", "eos_ids", "load_checked", "max_positions"]
+__all__ = [
+    "DeltaGate",
+    "DeltaReader",
+    "LowRank",
+    "attention_span",
+    "engine_info",
+    "eos_ids",
+    "kv_facts",
+    "max_positions",
+]
 
 
 def attention_span(config: Any) -> int:
@@ -43,14 +56,14 @@ class DeltaGate:
         self.identity = base_identity(folder)
         self.template_hash = chat_template_hash(tokenizer)
 
-    def check(self, folder: Path) -> None:
-        """Check a delta folder; one without a manifest is a plain PEFT adapter, checked by its shapes alone.
+    def check(self, folder: Path) -> manifest.Delta | None:
+        """The manifest of a delta folder; one without is a plain PEFT adapter, checked by its shapes alone.
 
         Raises:
             DeltaError: one line.
         """
         if not (folder / manifest.MANIFEST).is_file():
-            return
+            return None
         delta = manifest.read(folder, beside=frozenset({VERSION_FILE}))
         if delta.kind != "low_rank":
             raise DeltaError(f"{folder}: a {delta.kind} delta cannot share a base; serve it as a base")
@@ -63,22 +76,61 @@ class DeltaGate:
                 f"{folder}: trained under chat template {delta.chat_template_hash}, this base has"
                 f" {self.template_hash}; serve it with the tokenizer it was trained with"
             )
+        return delta
 
 
-def load_checked(model: Any, gate: DeltaGate | None, key: str, folder: str) -> None:
-    """Load an adapter if it belongs to the model's base. Raises `DeltaError`, leaving nothing behind."""
-    path = Path(folder)
-    if gate:
-        gate.check(path)
-    load_adapter(model, key, path)
-    head = model.get_output_embeddings()
-    if isinstance(head, LoRALinear) and key in head.scaling:
-        unload_adapter(model, key)
-        # The head sees the last tokens only, so a mixed batch's stretches do not fit it.
-        raise DeltaError(f"{folder}: it adapts the output head, which is not served; train without `lm_head`")
+@dataclass(frozen=True)
+class LowRank:
+    """A low-rank delta in memory: rows under different ones share a forward pass."""
+
+    digest: str
+    """Digest of what answers."""
+    adapter: Adapter
+    """Its factors."""
+    kind: str = "low_rank"
+    mixed_batch: bool = True
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the factors."""
+        return self.adapter.size_bytes
 
 
-def engine_info(engine: str, gate: DeltaGate, scheduler: Scheduler) -> EngineInfo:
+class DeltaReader:
+    """Reads deltas of one base; looks at the model when it is made and never again, so it may run beside steps."""
+
+    def __init__(self, model: Any, gate: DeltaGate | None) -> None:
+        self._sites = AdapterSites(model)
+        self._gate = gate
+        head = model.get_output_embeddings()
+        self._head = next((name for name, module in model.named_modules() if module is head), None)
+
+    def read(self, folder: str) -> LowRank:
+        """A delta that belongs to the base. Raises `DeltaError`, one line."""
+        path = Path(folder)
+        delta = self._gate.check(path) if self._gate else None
+        adapter = self._sites.read(path)
+        if self._head in adapter.factors:
+            # The head sees the last tokens only, so a mixed batch's stretches do not fit it.
+            raise DeltaError(
+                f"{folder}: it adapts the output head, which is not served; train without `{self._head}`"
+            )
+        return LowRank(delta.digest if delta else _digest_of(path), adapter)
+
+
+def _digest_of(folder: Path) -> str:
+    """Identity of a plain PEFT folder, which has no manifest to name it."""
+    return digest_json({name: digest_file(folder / name) for name in (CONFIG, WEIGHTS)})
+
+
+def kv_facts(model: Any) -> str:
+    """What keys and values depend on besides weights and tokens."""
+    text = model.config.get_text_config()
+    rope = json.dumps(getattr(text, "rope_parameters", None), sort_keys=True, default=str)
+    return f"{model.dtype} {rope}"
+
+
+def engine_info(engine: str, gate: DeltaGate, scheduler: Scheduler, max_slots: int) -> EngineInfo:
     """Facts to report about an engine over a base."""
     return EngineInfo(
         engine=engine,
@@ -86,4 +138,5 @@ def engine_info(engine: str, gate: DeltaGate, scheduler: Scheduler) -> EngineInf
         base_digest=gate.identity["digest"],
         chat_template_hash=gate.template_hash,
         max_length=scheduler.max_length,
+        max_slots=max_slots,
     )

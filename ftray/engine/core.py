@@ -3,21 +3,36 @@
 What differs between engines is a `Runner`: how a step's rows become logits and how a delta is put in place.
 """
 
-import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from ftray.core.errors import DeltaError, RequestError
-from ftray.engine.api import EngineInfo, EngineStats, FinishReason, Output, Request, Sampling, ScoreItem
-from ftray.engine.sampling import Draws, sample
+from ftray.core.errors import DeltaError, FtrayError, RegistryError, RequestError
+from ftray.engine.answer import Answer, joined
+from ftray.engine.api import (
+    DeltaInfo,
+    EngineInfo,
+    EngineStats,
+    Output,
+    Request,
+    Sampling,
+    ScoreItem,
+    Source,
+    TokenLogprob,
+)
+from ftray.engine.layout import Layout
+from ftray.engine.logprobs import token_logprobs
+from ftray.engine.prefix import chain_seed
+from ftray.engine.sampling import sample
 from ftray.engine.scheduler import Row, Scheduler, Sequence
-from ftray.engine.text import Detokeniser, StopStrings
+from ftray.engine.slots import Entry, Places, Slots
+
+_PAUSE_S = 0.02
+"""Longest sleep of a step that has nothing to compute because deltas are still being read."""
 
 
-class Runner(Protocol):
+class Runner(Places, Protocol):
     """Computes logits; holds the model, the cache and the deltas' tensors."""
 
     def forward(self, rows: list[Row], keys: list[str | None], keep: list[int]) -> torch.Tensor:
@@ -34,31 +49,8 @@ class Runner(Protocol):
         ...
 
     def release(self, seq: Sequence) -> None:
-        """A sequence is gone; drop what is kept for it."""
+        """A sequence runs no more, for now or for good; drop what is kept for it."""
         ...
-
-    def load(self, key: str, folder: str) -> None:
-        """Put a delta in place under a key. Raises `DeltaError`."""
-        ...
-
-    def unload(self, key: str) -> None:
-        """Remove the delta of a key."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Slot:
-    order: int
-    key: str
-
-
-@dataclass
-class _Stream:
-    """What turns a sequence's tokens into text."""
-
-    draws: Draws
-    text: Detokeniser
-    stop: StopStrings
 
 
 class StepEngine:
@@ -70,72 +62,153 @@ class StepEngine:
         scheduler: decides what runs.
         info: facts to report.
         eos_ids: tokens that end an answer.
+        kv_facts: all that keys and values depend on besides base, tenant, delta and tokens; None: prefixes are
+            not shared.
+        max_host: deltas kept in memory that are not in place; how many are in place is `info.max_slots`.
     """
 
     def __init__(
-        self, runner: Runner, tokenizer: Any, scheduler: Scheduler, info: EngineInfo, eos_ids: Iterable[int]
+        self,
+        runner: Runner,
+        tokenizer: Any,
+        scheduler: Scheduler,
+        info: EngineInfo,
+        eos_ids: Iterable[int],
+        *,
+        kv_facts: str | None = None,
+        max_host: int = 0,
     ) -> None:
         self.info = info
         self.tokenizer = tokenizer
         self.scheduler = scheduler
+        scheduler.gate = self
         self._runner = runner
+        self._slots = Slots(runner, info.max_slots, max_host)
         self._eos = frozenset(eos_ids)
-        self._slots: dict[str, _Slot] = {}
-        self._keys: dict[int, str | None] = {0: None}
-        self._orders = itertools.count(1)
-        self._streams: dict[str, _Stream] = {}
+        self._kv_facts = kv_facts
+        self._answers: dict[Sequence, Answer] = {}
+        self._num_generated = 0
 
     def add(self, request: Request) -> None:
         """See `Engine.add`."""
-        self.scheduler.add(request, self._slot(request.delta).order)
-        sampling = request.sampling
-        detokeniser = Detokeniser(self.tokenizer, request.prompt_ids)
-        self._streams[request.id] = _Stream(Draws(sampling), detokeniser, StopStrings(sampling.stop))
+        entry = None
+        if request.delta is not None and (entry := self._slots.find(request.delta)) is None:
+            message = f"delta: {request.delta!r} is not loaded"
+            raise RequestError(message, status=404, code="model_not_found", param="model")
+        for seq in self.scheduler.add(request):
+            digest = entry.digest if entry else self.info.base_digest
+            self._answers[seq] = Answer(seq, self.tokenizer, self._eos, digest)
+            seq.delta = entry
+            if entry:
+                self._slots.arrive(entry)
 
     def step(self) -> list[Output]:
         """See `Engine.step`."""
+        outputs = [output for entry in self._slots.poll() for output in self._refuse(entry)]
         rows = self.scheduler.schedule()
-        if not rows:
+        if rows:
+            outputs += self._run(rows)
+        elif not outputs and self.has_work():
+            self._slots.wait(_PAUSE_S)
+        return outputs
+
+    def _run(self, rows: list[Row]) -> list[Output]:
+        layout = Layout([(row, self._answers[row.seq]) for row in rows])
+        logits = self._runner.forward(
+            rows, [row.seq.delta and row.seq.delta.key for row in rows], layout.keep
+        )
+        self.scheduler.advance(rows)
+        self._note_prompts(layout, logits)
+        outputs = self._take(layout.due, logits[layout.last] if layout.prompt else logits)
+        for answer in layout.scored:
+            outputs.append(answer.scored())
+            self._drop(answer.seq)
+        return outputs
+
+    def _note_prompts(self, layout: Layout, logits: torch.Tensor) -> None:
+        if not layout.prompt:
+            return
+        tokens = [answer.seq.tokens[at + 1] for answer, at in layout.prompt_places]
+        num_top = [answer.seq.request.sampling.prompt_logprobs or 0 for answer, _ in layout.prompt_places]
+        found = token_logprobs(logits[layout.prompt], tokens, num_top)
+        for (answer, _), logprob in zip(layout.prompt_places, found, strict=True):
+            answer.note_prompt(logprob)
+
+    def _take(self, due: list[Answer], logits: torch.Tensor) -> list[Output]:
+        """Give every answer that is due its next token."""
+        if not due:
             return []
-        due = [row for row in rows if row.samples]
-        ends = itertools.accumulate(row.length for row in rows)
-        logits = self._forward(rows, [end - 1 for end, row in zip(ends, rows, strict=True) if row.samples])
-        tokens = sample(logits, [self._streams[row.seq.request.id].draws for row in due])
-        return [self._take(row.seq, token) for row, token in zip(due, tokens, strict=True)]
+        tokens = sample(logits, [answer.draws for answer in due])
+        logprobs = self._logprobs(due, tokens, logits)
+        outputs = []
+        for place, (answer, token) in enumerate(zip(due, tokens, strict=True)):
+            if token is None:
+                # Nobody is to find keys and values that may be as bad.
+                self.scheduler.pool.forget(answer.seq.blocks)
+                output = answer.failed("the model gave no finite logits")
+            else:
+                self._num_generated += 1
+                output = answer.take(token, logprobs.get(place))
+            if output.finish_reason:
+                self._drop(answer.seq)
+            outputs.append(output)
+        return outputs
+
+    def _logprobs(
+        self, due: list[Answer], tokens: list[int | None], logits: torch.Tensor
+    ) -> dict[int, TokenLogprob]:
+        """Log-probabilities of the tokens just chosen, by row, where they were asked for."""
+        num_top = [answer.seq.request.sampling.logprobs for answer in due]
+        places = [at for at, top in enumerate(num_top) if top is not None and tokens[at] is not None]
+        if not places:
+            return {}
+        chosen = [tokens[at] or 0 for at in places]
+        found = token_logprobs(logits[places], chosen, [num_top[at] or 0 for at in places])
+        return dict(zip(places, found, strict=True))
+
+    def _refuse(self, entry: Entry) -> list[Output]:
+        """End what waits for a delta that cannot be had."""
+        outputs = []
+        for seq in [seq for seq in self.scheduler.sequences() if seq.delta is entry]:
+            status = 400 if isinstance(entry.error, DeltaError | RegistryError) else 503
+            outputs.append(self._answers[seq].failed(str(entry.error), status))
+            self._drop(seq)
+        return outputs
+
+    def _drop(self, seq: Sequence) -> None:
+        self.scheduler.finish(seq)
+        del self._answers[seq]
+        if seq.delta is not None:
+            self._slots.depart(seq.delta)
 
     def cancel(self, request_id: str) -> None:
         """See `Engine.cancel`."""
-        if seq := self.scheduler.get(request_id):
+        for seq in self.scheduler.get(request_id):
             self._drop(seq)
 
     def has_work(self) -> bool:
         """See `Engine.has_work`."""
-        return bool(self.scheduler.num_running or self.scheduler.num_waiting)
+        return bool(self._answers)
 
-    def load_delta(self, name: str, folder: str) -> None:
+    def load_delta(self, name: str, folder: str, *, replace: bool = False) -> None:
         """See `Engine.load_delta`."""
-        if name in self._slots:
-            raise DeltaError(f"{name}: already loaded; unload it first or use another name")
-        order = next(self._orders)
-        # Keys are never used twice, so nothing is answered by what an earlier holder of a name left behind.
-        slot = _Slot(order, f"slot{order}")
-        self._runner.load(slot.key, folder)
-        self._slots[name] = slot
-        self._keys[order] = slot.key
+        self._slots.load(name, folder, replace)
+
+    def register_delta(self, name: str, source: Source) -> None:
+        """See `Engine.register_delta`."""
+        self._slots.register(name, source)
 
     def unload_delta(self, name: str) -> None:
         """See `Engine.unload_delta`."""
-        if name not in self._slots:
-            raise DeltaError(f"{name}: not loaded; loaded are: {', '.join(self._slots) or 'none'}")
-        if any(seq.request.delta == name for seq in self.scheduler.sequences()):
-            raise DeltaError(f"{name}: requests under it are in flight; wait for them or cancel them")
-        slot = self._slots.pop(name)
-        del self._keys[slot.order]
-        self._runner.unload(slot.key)
+        self._slots.unload(name)
 
     def deltas(self) -> list[str]:
         """See `Engine.deltas`."""
-        return list(self._slots)
+        return self._slots.names()
+
+    def delta_info(self, name: str) -> DeltaInfo:
+        """See `Engine.delta_info`."""
+        return self._slots.info(name)
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
@@ -145,113 +218,78 @@ class StepEngine:
             waiting=self.scheduler.num_waiting,
             blocks_used=pool.num_blocks - pool.num_free,
             blocks_total=pool.num_blocks,
+            blocks_cached=pool.num_kept,
+            slots_used=self._slots.num_placed,
+            slots_total=self.info.max_slots,
+            loading=self._slots.num_reading,
+            prompt_tokens=self.scheduler.num_prompt,
+            cached_tokens=self.scheduler.num_cached,
+            generated_tokens=self._num_generated,
+            recomputed_tokens=self.scheduler.num_recomputed,
+            preemptions=self.scheduler.num_preempted,
+            delta_loads=self._slots.num_loads,
+            tenant_tokens=self.scheduler.shares.tokens(),
         )
 
     def generate(self, requests: Iterable[Request]) -> list[Output]:
         """See `Engine.generate`."""
-        parts: dict[str, list[Output]] = {}
+        parts: dict[tuple[str, int], list[Output]] = {}
         try:
             for request in requests:
                 self.add(request)
-                parts[request.id] = []
+                parts |= {(request.id, index): [] for index in range(request.sampling.n)}
             while self.has_work():
                 for output in self.step():
-                    parts.setdefault(output.id, []).append(output)
+                    parts.setdefault((output.id, output.index), []).append(output)
         except BaseException:
-            for request_id in parts:
+            for request_id, _ in parts:
                 self.cancel(request_id)
             raise
-        return [_joined(request_id, outputs) for request_id, outputs in parts.items()]
+        return [joined(outputs) for outputs in parts.values()]
 
     def score(self, items: Iterable[ScoreItem]) -> list[float]:
         """See `Engine.score`."""
-        assert not self.has_work(), "scoring and generating do not mix"
-        totals: dict[str, float] = {}
-        wanted: dict[str, ScoreItem] = {}
-        try:
-            for number, item in enumerate(items):
-                if not item.prompt_ids or not item.completion_ids:
-                    raise RequestError("score: a prompt and a completion need at least one token each")
-                prompt = [*item.prompt_ids, *item.completion_ids][:-1]
-                sampling = Sampling(max_tokens=1)
-                request = Request(id=str(number), prompt_ids=prompt, delta=item.delta, sampling=sampling)
-                self.scheduler.add(request, self._slot(item.delta).order)
-                totals[request.id], wanted[request.id] = 0.0, item
-            while rows := self.scheduler.schedule():
-                self._score_step(rows, wanted, totals)
-        except BaseException:
-            for request_id in totals:
-                self.cancel(request_id)
-            raise
-        return list(totals.values())
+        assert not self.has_work(), "scoring takes the outputs of every step"
+        requests = []
+        for number, item in enumerate(items):
+            if not item.prompt_ids or not item.completion_ids:
+                raise RequestError("score: a prompt and a completion need at least one token each")
+            sampling = Sampling(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=len(item.prompt_ids))
+            ids = [*item.prompt_ids, *item.completion_ids]
+            requests.append(Request(id=str(number), prompt_ids=ids, delta=item.delta, sampling=sampling))
+        totals = []
+        for output in self.generate(requests):
+            if output.error:
+                raise DeltaError(output.error) if output.status < 500 else FtrayError(output.error)
+            found = output.prompt_logprobs or []
+            totals.append(sum(token.logprob for token in found if token))
+        return totals
 
-    def _score_step(self, rows: list[Row], wanted: dict[str, ScoreItem], totals: dict[str, float]) -> None:
-        keep, targets, owners, first = [], [], [], 0
-        for row in rows:
-            item = wanted[row.seq.request.id]
-            for at in range(max(row.start, len(item.prompt_ids) - 1), row.start + row.length):
-                keep.append(first + at - row.start)
-                targets.append(item.completion_ids[at + 1 - len(item.prompt_ids)])
-                owners.append(row.seq.request.id)
-            first += row.length
-        logits = self._forward(rows, keep)
-        if keep:
-            target = torch.tensor(targets, device=logits.device)[:, None]
-            logprobs = torch.log_softmax(logits.float(), -1).gather(1, target)[:, 0].tolist()
-            for owner, logprob in zip(owners, logprobs, strict=True):
-                totals[owner] += logprob
-        for row in rows:
-            if row.samples:
-                self._drop(row.seq)
+    def enter(self, seq: Sequence) -> bool:
+        """See `Gate.enter`."""
+        if self._kv_facts is not None and any(
+            other is not seq and other.index == 0 and not other.num_generated
+            for other in self.scheduler.get(seq.request.id)
+        ):
+            return False  # the prompt is computed once, by the first answer, and found in the cache
+        entry: Entry | None = seq.delta
+        if entry is not None:
+            if not self._slots.enter(entry):
+                return False
+            seq.slot, seq.group = entry.slot, 0 if entry.mixed_batch else entry.slot
+            self._answers[seq].digest = entry.digest
+        seq.seed = self._seed(seq.request, entry)
+        return True
 
-    def _forward(self, rows: list[Row], keep: list[int]) -> torch.Tensor:
-        logits = self._runner.forward(rows, [self._keys[row.seq.slot] for row in rows], keep)
-        self.scheduler.advance(rows)
-        return logits
-
-    def _take(self, seq: Sequence, token: int | None) -> Output:
-        """Give a sequence its next token and return what its client gains by it."""
-        stream, sampling = self._streams[seq.request.id], seq.request.sampling
-        if token is None:
-            self._drop(seq)
-            problem = "the model gave no finite logits"
-            return Output(id=seq.request.id, text="", token_ids=[], finish_reason="error", error=problem)
-        seq.tokens.append(token)
-        ended = token in self._eos and not sampling.ignore_eos
-        text = stream.stop.feed("" if ended else stream.text.feed([token]))
-        reason: FinishReason | None = None
-        if ended or stream.stop.met:
-            reason = "stop"
-        elif seq.num_generated >= sampling.max_tokens:
-            reason = "length"
-        if reason:
-            if not stream.stop.met:
-                text += stream.stop.feed(stream.text.finish())
-                text += stream.stop.finish()
-                reason = "stop" if stream.stop.met else reason
-            self._drop(seq)
-        return Output(id=seq.request.id, text=text, token_ids=[token], finish_reason=reason)
-
-    def _drop(self, seq: Sequence) -> None:
-        self.scheduler.finish(seq)
+    def leave(self, seq: Sequence) -> None:
+        """See `Gate.leave`."""
         self._runner.release(seq)
-        self._streams.pop(seq.request.id, None)
+        if seq.delta is not None:
+            self._slots.leave(seq.delta)
 
-    def _slot(self, delta: str | None) -> _Slot:
-        if delta is None:
-            return _Slot(0, "")
-        if delta not in self._slots:
-            raise RequestError(
-                f"delta: {delta!r} is not loaded", status=404, code="model_not_found", param="model"
-            )
-        return self._slots[delta]
-
-
-def _joined(request_id: str, parts: list[Output]) -> Output:
-    return Output(
-        id=request_id,
-        text="".join(part.text for part in parts),
-        token_ids=[token for part in parts for token in part.token_ids],
-        finish_reason=parts[-1].finish_reason,
-        error=parts[-1].error,
-    )
+    def _seed(self, request: Request, entry: Entry | None) -> bytes | None:
+        if self._kv_facts is None:
+            return None
+        delta = entry.digest if entry else ""
+        facts = (self.info.base_digest, request.tenant, delta, request.cache_salt, self._kv_facts)
+        return chain_seed(facts)

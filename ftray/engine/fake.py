@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,15 +67,29 @@ class FakeRunner:
     def release(self, seq: Sequence) -> None:
         """Nothing is kept."""
 
-    def load(self, key: str, folder: str) -> None:
+    def read(self, folder: str) -> "FakeDelta":
         """Any folder is a delta; its name is spelled."""
         if not folder:
             raise DeltaError("folder: it is empty; name one")
-        self._names[key] = folder.rstrip("/").rpartition("/")[2]
+        return FakeDelta(folder.rstrip("/").rpartition("/")[2])
+
+    def load(self, key: str, delta: "FakeDelta") -> None:
+        """Learn a name."""
+        self._names[key] = delta.digest
 
     def unload(self, key: str) -> None:
         """Forget a name."""
-        del self._names[key]
+        self._names.pop(key, None)
+
+
+@dataclass(frozen=True)
+class FakeDelta:
+    """A name to spell."""
+
+    digest: str
+    kind: str = "low_rank"
+    mixed_batch: bool = True
+    size_bytes: int = 0
 
 
 @spec

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import Field
 
-from ftray.adapt.lora import unload_adapter
+from ftray.adapt.lora_files import put_adapter, unload_adapter
 from ftray.adapt.route import Route
 from ftray.core.spec import spec
 from ftray.engine.api import Request
-from ftray.engine.base import DeltaGate, engine_info, eos_ids, load_checked, max_positions
+from ftray.engine.base import DeltaGate, DeltaReader, LowRank, engine_info, eos_ids, max_positions
 from ftray.engine.core import StepEngine
 from ftray.engine.scheduler import Row, Scheduler, Sequence
 from ftray.engine.selfcheck import RELATIVE_TOLERANCE
@@ -35,10 +35,10 @@ class HFRunner:
     def __init__(self, model: Any, gate: DeltaGate) -> None:
         self.model = model
         self.use_cache = True
-        self._gate = gate
+        self._reader = DeltaReader(model, gate)
         self._device = next(model.parameters()).device
         self._route = model.ftray_route = getattr(model, "ftray_route", None) or Route()
-        self._caches: dict[str, Any] = {}
+        self._caches: dict[Sequence, Any] = {}
 
     @torch.inference_mode()
     def forward(self, rows: list[Row], keys: list[str | None], keep: list[int]) -> torch.Tensor:
@@ -73,18 +73,17 @@ class HFRunner:
     def _row(self, row: Row) -> torch.Tensor:
         from transformers import DynamicCache
 
-        request_id = row.seq.request.id
         if not self.use_cache:
             tokens = row.seq.tokens[: row.start + row.length]
             output = self.model(input_ids=torch.tensor([tokens], device=self._device), use_cache=False)
             whole: torch.Tensor = output.logits[0]
             return whole[row.start :]
         if row.start == 0:
-            self._caches[request_id] = DynamicCache(config=self.model.config)
+            self._caches[row.seq] = DynamicCache(config=self.model.config)
         tokens = row.seq.tokens[row.start : row.start + row.length]
         output = self.model(
             input_ids=torch.tensor([tokens], device=self._device),
-            past_key_values=self._caches[request_id],
+            past_key_values=self._caches[row.seq],
             use_cache=True,
         )
         logits: torch.Tensor = output.logits[0]
@@ -92,14 +91,18 @@ class HFRunner:
 
     def release(self, seq: Sequence) -> None:
         """Drop the sequence's cache."""
-        self._caches.pop(seq.request.id, None)
+        self._caches.pop(seq, None)
 
-    def load(self, key: str, folder: str) -> None:
-        """See `Runner.load`."""
-        load_checked(self.model, self._gate, key, folder)
+    def read(self, folder: str) -> LowRank:
+        """See `Places.read`."""
+        return self._reader.read(folder)
+
+    def load(self, key: str, delta: LowRank) -> None:
+        """See `Places.load`."""
+        put_adapter(self.model, key, delta.adapter)
 
     def unload(self, key: str) -> None:
-        """See `Runner.unload`."""
+        """See `Places.unload`."""
         unload_adapter(self.model, key)
 
 
@@ -126,11 +129,11 @@ class HFGenerateConfig(ModelEngineConfig):
             block_size=1,
             max_length=min(self.max_length or positions, positions, self.kv_cache_tokens),
         )
-        info = engine_info("hf_generate", gate, scheduler)
+        info = engine_info("hf_generate", gate, scheduler, self.max_loras)
         ends = eos_ids(folder, model.config, tokenizer)
         runner = HFRunner(model, gate)
         runner.check_cache()
-        return StepEngine(runner, tokenizer, scheduler, info, ends)
+        return StepEngine(runner, tokenizer, scheduler, info, ends, max_host=self.max_cpu_loras)
 
 
 def _load(folder: Any, dtype: str) -> Any:

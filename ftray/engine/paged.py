@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from ftray.engine.scheduler import Row
+from ftray.engine.sequence import Row, Sequence
 
 NAME = "ftray_paged"
 
@@ -49,14 +49,24 @@ class KVCache:
             )
         return self._layers[index]
 
-    def assign(self, row: int, blocks: list[int]) -> None:
-        """Give blocks to a row, cleared: what an earlier owner left (even NaN) must not reach the new one."""
-        mine = torch.tensor(blocks, dtype=torch.int64, device=self.device)
-        self.table[row].fill_(self.num_blocks)
-        self.table[row, : len(blocks)] = mine
-        for cache in self._layers.values():
+    def place(self, seq: Sequence) -> None:
+        """Put the blocks a sequence was given since its last step into its row of the table.
+
+        Those written by others, a shared prefix, stay as they are; the rest is cleared: what an earlier owner left
+        (even NaN) must not reach the new one.
+        """
+        first = seq.num_placed
+        if first == len(seq.blocks):
+            return
+        mine = torch.tensor(seq.blocks[first:], dtype=torch.int64, device=self.device)
+        if not first:
+            self.table[seq.row].fill_(self.num_blocks)
+        self.table[seq.row, first : len(seq.blocks)] = mine
+        fresh = mine[max(0, seq.num_shared - first) :]
+        for cache in self._layers.values() if len(fresh) else ():
             for part in cache:
-                part.view(-1, self.block_size, *part.shape[1:]).index_fill_(0, mine, 0)
+                part.view(-1, self.block_size, *part.shape[1:]).index_fill_(0, fresh, 0)
+        seq.num_placed = len(seq.blocks)
 
 
 @dataclass(frozen=True)

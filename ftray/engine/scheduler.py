@@ -1,72 +1,47 @@
-"""Which requests run in the next step, and which KV blocks are theirs. Plain Python: decisions only.
+"""Which answers run in the next step, and which KV blocks are theirs. Plain Python: decisions only.
 
-A request is admitted when a row and all the blocks it can ever need are free, so nothing that runs has to be
-put off for memory. Prompts are computed in chunks within a token budget; rows of one delta stand together.
+An answer is admitted when a row, its delta and blocks for its tokens so far are there; blocks are added as it
+grows. When they run out, the latest answer of the tenant served most gives up its own and is computed again later.
+Prompts are computed in chunks within a token budget; rows of one delta stand together.
 """
 
-from collections import deque
-from dataclasses import dataclass, field
+import bisect
+from collections.abc import Iterator
+from typing import Protocol
 
 from ftray.core.errors import RequestError
-from ftray.engine.api import Request
+from ftray.engine.blocks import BlockPool
+from ftray.engine.fair import FairShares
+from ftray.engine.request import Request
+from ftray.engine.sequence import Row, Sequence
+
+__all__ = ["BlockPool", "Gate", "Row", "Scheduler", "Sequence"]
+
+_MAX_PASSED = 1000
+"""Waiting answers looked at in one step whose deltas are not there yet."""
 
 
-@dataclass(eq=False)
-class Sequence:
-    """A request in the engine: its tokens so far and what it holds."""
+class Gate(Protocol):
+    """What must be in place for a sequence besides rows and blocks: its delta."""
 
-    request: Request
-    slot: int
-    """Order of its delta among the loaded ones; 0 is the base."""
-    tokens: list[int]
-    """Prompt, then what was generated."""
-    computed: int = 0
-    """Tokens whose keys and values are in the cache."""
-    row: int = -1
-    """Its row in the block table while it runs."""
-    blocks: list[int] = field(default_factory=list)
+    def enter(self, seq: Sequence) -> bool:
+        """The sequence is about to run: set its `slot` and `group`; False if it cannot yet."""
+        ...
 
-    @property
-    def num_generated(self) -> int:
-        """Tokens generated so far."""
-        return len(self.tokens) - len(self.request.prompt_ids)
+    def leave(self, seq: Sequence) -> None:
+        """A sequence that entered runs no more."""
+        ...
 
 
-@dataclass(frozen=True)
-class Row:
-    """One sequence's share of a step: tokens `start` to `start + length` of it."""
+class Open:
+    """A gate that lets everything in."""
 
-    seq: Sequence
-    start: int
-    length: int
+    def enter(self, seq: Sequence) -> bool:
+        """Yes."""
+        return True
 
-    @property
-    def samples(self) -> bool:
-        """True if the step reaches the sequence's last token, so that its logits are the next one's."""
-        return self.start + self.length == len(self.seq.tokens)
-
-
-class BlockPool:
-    """KV blocks by number, each free or owned once."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
-
-    @property
-    def num_free(self) -> int:
-        """Blocks nobody owns."""
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        """Own `count` blocks."""
-        assert count <= len(self._free), "more blocks taken than are free"
-        return [self._free.pop() for _ in range(count)]
-
-    def give(self, blocks: list[int]) -> None:
-        """Return blocks."""
-        self._free += blocks
-        assert len(self._free) <= self.num_blocks, "a block was returned twice"
+    def leave(self, seq: Sequence) -> None:
+        """Nothing was held."""
 
 
 class Scheduler:
@@ -85,56 +60,86 @@ class Scheduler:
     ) -> None:
         assert max_batch_tokens >= max_num_seqs, "a step must have room for one token of every row"
         self.pool = BlockPool(num_blocks)
+        self.shares = FairShares()
+        self.gate: Gate = Open()
         self.block_size = block_size
         self.max_length = max_length
         self.max_num_seqs = max_num_seqs
+        self.num_preempted = 0
+        """Times blocks were given up to others."""
+        self.num_recomputed = 0
+        """Tokens computed again after that."""
+        self.num_prompt = 0
+        """Prompt tokens to compute, of all that was admitted."""
+        self.num_cached = 0
+        """Prompt tokens found in the cache."""
         self._max_batch_tokens = max_batch_tokens
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._waiting: deque[Sequence] = deque()
+        self._queues: dict[str, list[Sequence]] = {}
         self._running: list[Sequence] = []
-        self._by_id: dict[str, Sequence] = {}
+        self._by_id: dict[str, list[Sequence]] = {}
+        self._arrivals = 0
+        self._turns: dict[int, int] = {}
 
-    def add(self, request: Request, slot: int) -> Sequence:
-        """Queue a request.
-
-        Raises:
-            RequestError: if it is empty, its id is taken, or it can never fit.
-        """
-        length = len(request.prompt_ids)
+    def check(self, request: Request) -> None:
+        """Raise `RequestError` if a request is empty, its id is taken, or it can never fit."""
+        length, new = len(request.prompt_ids), request.sampling.max_tokens
         if request.id in self._by_id:
             raise RequestError(f"id: {request.id!r} is already in the engine; use a new one", param="id")
         if not length:
             raise RequestError("prompt: it has no token; write something", param="prompt")
-        total = length + request.sampling.max_tokens
-        if total > self.max_length:
+        if length + new > self.max_length:
             raise RequestError(
-                f"prompt: {length} tokens and max_tokens {request.sampling.max_tokens} exceed the"
+                f"prompt: {length} tokens and max_tokens {new} exceed the"
                 f" {self.max_length} tokens taken here; shorten one of them",
                 code="context_length_exceeded",
                 param="max_tokens",
             )
-        if self._blocks_for(request) > self.pool.num_blocks:
+        # The last token generated is never fed back, so its keys and values need no place.
+        if self._num_blocks(max(length, length + new - 1)) > self.pool.num_blocks:
             raise RequestError(
-                f"prompt: {total} tokens are more than the KV cache holds"
+                f"prompt: {length + new} tokens are more than the KV cache holds"
                 f" ({self.pool.num_blocks * self.block_size}); shorten it or raise `kv_cache_tokens`",
                 code="context_length_exceeded",
                 param="max_tokens",
             )
-        seq = Sequence(request, slot, list(request.prompt_ids))
-        self._by_id[request.id] = seq
-        self._waiting.append(seq)
-        return seq
+
+    def add(self, request: Request, slot: int = 0) -> list[Sequence]:
+        """Queue a request's answers.
+
+        Args:
+            request: what is asked.
+            slot: order of its delta; a gate sets it again on entry, and the name of its prefix.
+
+        Raises:
+            RequestError: as `check`.
+        """
+        self.check(request)
+        seqs = []
+        for index in range(request.sampling.n):
+            seq = Sequence(request, slot, list(request.prompt_ids), index=index)
+            self._arrivals += 1
+            seq.order = (request.priority, self._arrivals)
+            seqs.append(seq)
+            self._enqueue(seq)
+            self.shares.arrive(request.tenant, request.weight)
+        self._by_id[request.id] = list(seqs)
+        return seqs
 
     def schedule(self) -> list[Row]:
         """Rows of the next step, sorted by delta slot. `advance` must follow once it has run."""
-        self._admit()
+        before = self.num_preempted
+        self._grow()
+        # Blocks just given up belong to those that needed them, not to the next in the queue.
+        if self.num_preempted == before:
+            self._admit()
+        running = self._group()
         # One token is set aside for every running row, so a long prompt never stalls those that decode. The rest
-        # goes out in order of arrival, whatever the delta.
-        spare = self._max_batch_tokens - len(self._running)
+        # goes to those who were served least, in order of arrival.
+        spare = self._max_batch_tokens - len(running)
         rows = []
-        for seq in self._running:
-            due = len(seq.tokens) - seq.computed
-            length = min(due, 1 + spare)
+        for seq in sorted(running, key=self._claim):
+            length = min(len(seq.tokens) - seq.computed, 1 + spare)
             spare -= length - 1
             rows.append(Row(seq, seq.computed, length))
         return sorted(rows, key=lambda row: row.seq.slot)
@@ -142,26 +147,36 @@ class Scheduler:
     def advance(self, rows: list[Row]) -> None:
         """Note that a step's keys and values are in the cache."""
         for row in rows:
-            row.seq.computed += row.length
+            seq = row.seq
+            seq.computed += row.length
+            self.num_recomputed += min(seq.peak, seq.computed) - min(seq.peak, row.start)
+            # A prompt is charged for when it is admitted.
+            first = max(seq.peak, len(seq.request.prompt_ids))
+            self.shares.charge(seq.request.tenant, max(0, seq.computed - first))
+            seq.peak = max(seq.peak, seq.computed)
+            full = seq.computed // self.block_size
+            for block, name in zip(seq.blocks, seq.block_names(full, self.block_size), strict=False):
+                self.pool.name(block, name)
 
-    def get(self, request_id: str) -> Sequence | None:
-        """The sequence of a request, if it is here."""
-        return self._by_id.get(request_id)
+    def get(self, request_id: str) -> list[Sequence]:
+        """The sequences of a request that are still here."""
+        return list(self._by_id.get(request_id, ()))
 
     def finish(self, seq: Sequence) -> None:
         """Forget a sequence, waiting or running, and free what it holds."""
-        del self._by_id[seq.request.id]
-        if seq.row < 0:
-            self._waiting.remove(seq)
-            return
-        self._running.remove(seq)
-        self.pool.give(seq.blocks)
-        self._free_rows.append(seq.row)
-        seq.blocks, seq.row = [], -1
+        siblings = self._by_id[seq.request.id]
+        siblings.remove(seq)
+        if not siblings:
+            del self._by_id[seq.request.id]
+        if seq.row >= 0:
+            self._yield(seq)
+        else:
+            self._dequeue(seq)
+        self.shares.leave(seq.request.tenant)
 
     def sequences(self) -> list[Sequence]:
         """Everything that waits or runs."""
-        return list(self._by_id.values())
+        return [seq for seqs in self._by_id.values() for seq in seqs]
 
     @property
     def num_running(self) -> int:
@@ -170,21 +185,110 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that hold nothing yet."""
-        return len(self._waiting)
+        """Sequences that hold nothing."""
+        return sum(map(len, self._queues.values()))
+
+    def _claim(self, seq: Sequence) -> tuple[float, tuple[int, int]]:
+        """Smaller goes first: the tenant served least, then its own order."""
+        return self.shares.served(seq.request.tenant), seq.order
+
+    def _grow(self) -> None:
+        """Give every running sequence the blocks its tokens need, at the cost of those that come last."""
+        for seq in sorted(self._running, key=self._claim):
+            while seq.row >= 0 and len(seq.blocks) < self._num_blocks(len(seq.tokens)):
+                if self.pool.num_free:
+                    seq.blocks += self.pool.take(1)
+                else:
+                    self._preempt(max(self._running, key=self._claim))
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.num_preempted += 1
+        self._yield(seq)
+        seq.computed = 0
+        self._enqueue(seq)
+
+    def _yield(self, seq: Sequence) -> None:
+        """Take row, blocks and delta from a running sequence."""
+        self._running.remove(seq)
+        self.pool.give(seq.blocks)
+        self._free_rows.append(seq.row)
+        seq.blocks, seq.row, seq.num_placed, seq.num_shared = [], -1, 0, 0
+        self.gate.leave(seq)
 
     def _admit(self) -> None:
-        # First come, first served: a large request at the head is not overtaken for ever by small ones.
-        while self._waiting and self._free_rows:
-            seq = self._waiting[0]
-            need = self._blocks_for(seq.request)
-            if need > self.pool.num_free:
+        for seq in self._candidates():
+            if not self._free_rows:
                 return
-            self._waiting.popleft()
-            seq.blocks = self.pool.take(need)
-            seq.row = self._free_rows.pop()
-            self._running.append(seq)
+            if not self.gate.enter(seq):
+                continue
+            # A large one at the head is not overtaken for ever by small ones.
+            if not self._start(seq):
+                self.gate.leave(seq)
+                return
 
-    def _blocks_for(self, request: Request) -> int:
-        # The last token generated is never fed back, so its keys and values need no place.
-        return -(-(len(request.prompt_ids) + request.sampling.max_tokens - 1) // self.block_size)
+    def _start(self, seq: Sequence) -> bool:
+        """Give a sequence a row and blocks; False if there are too few."""
+        shared = self.pool.find(seq.block_names(self._max_shared(seq), self.block_size))
+        need = self._num_blocks(len(seq.tokens)) - len(shared)
+        # Those that run may need a block each before one ends; taking them all now would only be undone.
+        room = self.pool.num_free - self.pool.num_kept_of(shared) - len(self._running)
+        if need > room and self._running:
+            return False
+        self._dequeue(seq)
+        self.pool.share(shared)
+        seq.blocks = shared + self.pool.take(need)
+        seq.row = self._free_rows.pop()
+        seq.num_shared = len(shared)
+        seq.computed = len(shared) * self.block_size
+        if not seq.peak:
+            length = len(seq.request.prompt_ids)
+            seq.num_cached = seq.computed
+            self.num_cached += seq.computed
+            self.num_prompt += length - seq.computed
+            self.shares.charge(seq.request.tenant, length - seq.computed)
+        seq.peak = max(seq.peak, seq.computed)
+        self._running.append(seq)
+        return True
+
+    def _candidates(self) -> Iterator[Sequence]:
+        """Waiting sequences, each time the next of the tenant that was served least; passed ones do not return."""
+        places = dict.fromkeys(self._queues, 0)
+        for _ in range(_MAX_PASSED):
+            heads = [
+                queue[places[tenant]] for tenant, queue in self._queues.items() if places[tenant] < len(queue)
+            ]
+            if not heads:
+                return
+            seq = min(heads, key=self._claim)
+            yield seq
+            if seq.row < 0:
+                places[seq.request.tenant] += 1
+
+    def _group(self) -> list[Sequence]:
+        """The running sequences of one group: groups take turns."""
+        groups = {seq.group for seq in self._running}
+        if len(groups) <= 1:
+            return self._running
+        turn = min(sorted(groups), key=lambda group: self._turns.get(group, 0))
+        latest = max(self._turns.values(), default=0)
+        self._turns = {group: at for group, at in self._turns.items() if group in groups} | {turn: latest + 1}
+        return [seq for seq in self._running if seq.group == turn]
+
+    def _enqueue(self, seq: Sequence) -> None:
+        bisect.insort(self._queues.setdefault(seq.request.tenant, []), seq, key=lambda other: other.order)
+
+    def _dequeue(self, seq: Sequence) -> None:
+        queue = self._queues[seq.request.tenant]
+        queue.remove(seq)
+        if not queue:
+            del self._queues[seq.request.tenant]
+
+    def _max_shared(self, seq: Sequence) -> int:
+        """Most blocks to take from the cache: one token at least, and all whose logits are wanted, is computed."""
+        sampling, last = seq.request.sampling, len(seq.tokens) - 1
+        if sampling.prompt_logprobs is not None:
+            last = min(last, max(0, sampling.prompt_logprobs_start - 1))
+        return last // self.block_size
+
+    def _num_blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)

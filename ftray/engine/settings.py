@@ -25,6 +25,11 @@ class ModelEngineConfig:
     max_length: int | None = Field(default=None, ge=2)
     """Most tokens of a prompt and its answer; null: what model and cache allow."""
 
+    max_loras: int = Field(default=32, ge=0)
+    """Deltas in place at once, so that many can be in use in one step; any number may be known. 0: no limit."""
+    max_cpu_loras: int = Field(default=256, ge=0)
+    """Deltas kept in memory beside those in place; the others are read from disk when they are asked for."""
+
     def load_tokenizer(self, base: str) -> Any:
         """The base's tokenizer."""
         return load_tokenizer(resolve_folder(base))

@@ -72,17 +72,18 @@ class StopStrings:
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._held = ""
-        self.met = False
+        self.met: str | None = None
+        """The stop string that was met."""
 
     def feed(self, text: str) -> str:
         """Add text; returns what may be shown. Sets `met` when a stop string is complete."""
-        if not self._stop or self.met:
-            return "" if self.met else text
+        if not self._stop or self.met is not None:
+            return text if self.met is None else ""
         self._held += text
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            self.met = True
-            shown, self._held = self._held[: min(found)], ""
+            first, self.met = min(found, key=lambda hit: hit[0])
+            shown, self._held = self._held[:first], ""
             return shown
         keep = self._open_tail()
         shown = self._held[: len(self._held) - keep]

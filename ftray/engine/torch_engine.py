@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from ftray.adapt.lora import unload_adapter
+from ftray.adapt.lora_files import put_adapter, unload_adapter
 from ftray.adapt.route import Route, Segment
 from ftray.core.errors import ConfigError, FtrayError
 from ftray.core.spec import spec
 from ftray.engine import paged
 from ftray.engine.api import Request
-from ftray.engine.base import DeltaGate, engine_info, eos_ids, load_checked, max_positions
+from ftray.engine.base import DeltaGate, DeltaReader, LowRank, engine_info, eos_ids, kv_facts, max_positions
 from ftray.engine.core import StepEngine
 from ftray.engine.scheduler import Row, Scheduler, Sequence
 from ftray.engine.selfcheck import self_check
@@ -38,7 +38,7 @@ class TorchRunner:
         self.cache = cache
         self.calls = 0
         """Attention calls of the last step."""
-        self._gate = gate
+        self._reader = DeltaReader(model, gate)
         self._device = next(model.parameters()).device
         self._route = model.ftray_route = getattr(model, "ftray_route", None) or Route()
 
@@ -46,8 +46,7 @@ class TorchRunner:
     def forward(self, rows: list[Row], keys: list[str | None], keep: list[int]) -> torch.Tensor:
         """See `Runner.forward`."""
         for row in rows:
-            if row.start == 0:
-                self.cache.assign(row.seq.row, row.seq.blocks)
+            self.cache.place(row.seq)
         step = paged.Step(self.cache, rows)
         tokens = [token for row in rows for token in row.seq.tokens[row.start : row.start + row.length]]
         segments = _segments(rows, keys)
@@ -66,12 +65,16 @@ class TorchRunner:
     def release(self, seq: Sequence) -> None:
         """Blocks are cleared when they are given out again."""
 
-    def load(self, key: str, folder: str) -> None:
-        """See `Runner.load`."""
-        load_checked(self.model, self._gate, key, folder)
+    def read(self, folder: str) -> LowRank:
+        """See `Places.read`."""
+        return self._reader.read(folder)
+
+    def load(self, key: str, delta: LowRank) -> None:
+        """See `Places.load`."""
+        put_adapter(self.model, key, delta.adapter)
 
     def unload(self, key: str) -> None:
-        """See `Runner.unload`."""
+        """See `Places.unload`."""
         unload_adapter(self.model, key)
 
 
@@ -96,6 +99,9 @@ class TorchEngineConfig(ModelEngineConfig):
     """Tokens of one step, prompts and decoding together."""
     block_size: int = Field(default=16, ge=1)
     """Tokens in one block of the cache."""
+    prefix_cache: bool = True
+    """Keep keys and values of ended requests while there is room, for prompts of the same tenant and delta that
+    begin alike."""
 
     def build(self, base: str) -> StepEngine:
         """Load a base and return an engine over it, or over plain Hugging Face if the check fails.
@@ -117,8 +123,15 @@ class TorchEngineConfig(ModelEngineConfig):
         scheduler = self.scheduler(max_positions(model.config))
         runner = self._runner(model, scheduler, gate)
         self._allocate(runner)
-        info = engine_info("torch", gate, scheduler)
-        return StepEngine(runner, tokenizer, scheduler, info, eos_ids(folder, model.config, tokenizer))
+        return StepEngine(
+            runner,
+            tokenizer,
+            scheduler,
+            engine_info("torch", gate, scheduler, self.max_loras),
+            eos_ids(folder, model.config, tokenizer),
+            kv_facts=kv_facts(model) if self.prefix_cache else None,
+            max_host=self.max_cpu_loras,
+        )
 
     def _allocate(self, runner: TorchRunner) -> None:
         """Run one token, which allocates every layer's cache: now, and not under the first request."""

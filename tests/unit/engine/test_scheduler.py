@@ -62,12 +62,12 @@ def test_prompts_are_computed_in_order_of_arrival_whatever_their_delta() -> None
 
 def test_admission_waits_for_blocks_in_order_of_arrival() -> None:
     scheduler = make()
-    scheduler.add(request("big", 16, 17), 0)  # 8 of 10 blocks
-    scheduler.add(request("bigger", 16, 17), 0)
-    scheduler.add(request("small", 1, 1), 0)
+    scheduler.add(request("big", 28, 5))  # 7 of 10 blocks
+    scheduler.add(request("bigger", 32, 2))
+    scheduler.add(request("small", 1, 1))
     assert [name for name, *_ in run_step(scheduler)] == ["big"]
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 2)
-    assert scheduler.pool.num_free == 2
+    assert scheduler.pool.num_free == 3
 
 
 @pytest.mark.parametrize(

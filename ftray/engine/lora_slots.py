@@ -1,0 +1,155 @@
+"""Low-rank factors of many deltas in numbered slots of one layer, and their update of a step's tokens."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from ftray.engine import native
+
+_LANES = 16
+"""Columns are allocated in multiples of this, a vector of the native kernel."""
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """A step's tokens by slot, in the order of the token axis; tokens of the base are left out."""
+
+    rows: list[tuple[int, int, int]]
+    """Slot, first token, token after the last."""
+    table_N3: torch.Tensor
+    """The same, for the native kernel."""
+
+    @staticmethod
+    def of(rows: list[tuple[int, int, int]]) -> "Stretches | None":
+        """None if every token is the base's."""
+        return Stretches(rows, torch.tensor(rows, dtype=torch.int64)) if rows else None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One part's factors: the update is `scaling * B A`."""
+
+    a_RI: torch.Tensor
+    b_OR: torch.Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A delta's factors for one layer as a slot holds them, scaling and all."""
+
+    a_IC: torch.Tensor
+    """Columns of all parts side by side."""
+    b_CW: torch.Tensor
+    """Row `j` belongs with column `j`; a part narrower than the widest leaves the end of its rows unused."""
+    ranks: list[int]
+    """Of each part; 0: it has no update."""
+
+
+class SlotFactors:
+    """The slots of one layer, or of several that share their input.
+
+    Args:
+        in_features: of the shared input.
+        widths: outputs of each part.
+        num_slots: how many.
+        dtype: of the base's weights, and so of the factors.
+        device: where the layer is.
+    """
+
+    def __init__(
+        self, in_features: int, widths: Sequence[int], num_slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.in_features, self.widths = in_features, list(widths)
+        self.bounds = [0, *accumulate(widths)]
+        self.used = False
+        """True once anything was put."""
+        self._num_slots = num_slots
+        self._ranks = [[0] * len(widths) for _ in range(num_slots)]
+        self._ranks_table = torch.zeros(num_slots, len(widths), dtype=torch.int64)
+        self._bounds_table = torch.tensor(self.bounds, dtype=torch.int64)
+        self._a_SIC = torch.empty(num_slots, in_features, 0, dtype=dtype, device=device)
+        self._b_SCW = torch.empty(num_slots, 0, max(widths), dtype=dtype, device=device)
+        self._native = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and native.available()
+
+    def prepare(self, parts: Mapping[int, Pair]) -> Prepared:
+        """Factors by part as `put` takes them; touches no slot, so it may run beside a step."""
+        ranks = [parts[part].a_RI.shape[0] if part in parts else 0 for part in range(len(self.widths))]
+        dtype = self._a_SIC.dtype
+        a_IC = torch.cat([parts[part].a_RI.T.to(dtype) for part in sorted(parts)], 1)
+        b_CW = torch.zeros(sum(ranks), max(self.widths), dtype=dtype)
+        first = 0
+        for part in sorted(parts):
+            pair = parts[part]
+            b_CW[first : first + ranks[part], : self.widths[part]] = (pair.b_OR * pair.scaling).T
+            first += ranks[part]
+        return Prepared(a_IC, b_CW, ranks)
+
+    def put(self, slot: int, prepared: Prepared) -> None:
+        """Fill a slot; what it held is gone."""
+        columns = prepared.a_IC.shape[1]
+        self._reserve(slot + 1, columns)
+        self._a_SIC[slot, :, :columns] = prepared.a_IC
+        self._b_SCW[slot, :columns] = prepared.b_CW
+        self._set_ranks(slot, prepared.ranks)
+        self.used = True
+
+    def clear(self, slot: int) -> None:
+        """Let a slot add nothing."""
+        if slot < self._num_slots:
+            self._set_ranks(slot, [0] * len(self.widths))
+
+    def add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, stretches: Stretches) -> None:
+        """Add the slots' updates to `y` in place."""
+        if self._native and x_TI.dtype == y_TO.dtype == self._a_SIC.dtype:
+            torch.ops.ftray_engine.lora_add(
+                y_TO,
+                x_TI,
+                self._a_SIC,
+                self._b_SCW,
+                self._ranks_table,
+                self._bounds_table,
+                stretches.table_N3,
+            )
+        else:
+            self._add_plain(y_TO, x_TI, stretches)
+
+    def _add_plain(self, y_TO: torch.Tensor, x_TI: torch.Tensor, stretches: Stretches) -> None:
+        for slot, start, stop in stretches.rows:
+            ranks = self._ranks[slot]
+            columns = sum(ranks)
+            if not columns:
+                continue
+            inner = x_TI[start:stop].to(self._a_SIC.dtype) @ self._a_SIC[slot, :, :columns]
+            first = 0
+            for part, rank in enumerate(ranks):
+                if rank:
+                    b = self._b_SCW[slot, first : first + rank, : self.widths[part]]
+                    y = y_TO[start:stop, self.bounds[part] : self.bounds[part + 1]]
+                    y += inner[:, first : first + rank] @ b
+                first += rank
+
+    def _reserve(self, slots: int, columns: int) -> None:
+        """Room for so many slots and columns. Fresh memory is not touched until it is filled."""
+        have = self._a_SIC.shape[2]
+        if slots <= self._num_slots and columns <= have:
+            return
+        slots, columns = max(slots, self._num_slots), -(-max(columns, have) // _LANES) * _LANES
+        if slots > self._num_slots:
+            slots = max(slots, 2 * self._num_slots)
+        a, b = self._a_SIC, self._b_SCW
+        self._a_SIC = a.new_zeros(slots, self.in_features, columns)
+        self._b_SCW = b.new_zeros(slots, columns, max(self.widths))
+        filled = [slot for slot, ranks in enumerate(self._ranks) if any(ranks)]
+        for slot in filled:
+            self._a_SIC[slot, :, :have] = a[slot]
+            self._b_SCW[slot, :have] = b[slot]
+        self._ranks += [[0] * len(self.widths) for _ in range(slots - self._num_slots)]
+        self._ranks_table = torch.tensor(self._ranks, dtype=torch.int64)
+        self._num_slots = slots
+
+    def _set_ranks(self, slot: int, ranks: list[int]) -> None:
+        self._ranks[slot] = ranks
+        self._ranks_table[slot] = torch.tensor(ranks, dtype=torch.int64)

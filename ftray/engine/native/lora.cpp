@@ -1,0 +1,170 @@
+// Low-rank updates of a step's tokens, each stretch of tokens by its slot: y += (x A[slot]) B[slot].
+//
+// A slot's factors lie side by side: column j of A and row j of B belong to one rank of one part, a part being one of
+// the linear layers that share their input. So few tokens share a slot in decoding that a general matrix product
+// spends its time on set-up; here factors are streamed once per eight tokens, in the order they lie in.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "simd.h"
+
+namespace ftray {
+namespace {
+
+constexpr int64_t kTokens = 8;  // of one block: as many accumulators as hide a fused multiply-add's latency
+
+struct Layout {
+  int64_t inputs, columns, width;  // of x; of A and rows of B; of a row of B
+  int64_t parts;
+  const int64_t* bounds;  // [parts + 1]: a part's outputs in a row of y
+};
+
+// inner[m, 0:columns] = x[m] A for M tokens.
+template <int M, typename T>
+void project(const float* const* x, const T* a, float* inner, const Layout& layout, int64_t columns) {
+  constexpr int kUnroll = M >= 8 ? 1 : 8 / M;
+  for (int64_t column = 0; column < columns; column += kLanes) {
+    Vec acc[M][kUnroll] = {};
+    int64_t k = 0;
+    for (; k + kUnroll <= layout.inputs; k += kUnroll)
+      for (int u = 0; u < kUnroll; ++u) {
+        Vec row = load(a + (k + u) * layout.columns + column);
+        for (int m = 0; m < M; ++m) acc[m][u] += row * x[m][k + u];
+      }
+    for (; k < layout.inputs; ++k) {
+      Vec row = load(a + k * layout.columns + column);
+      for (int m = 0; m < M; ++m) acc[m][0] += row * x[m][k];
+    }
+    for (int m = 0; m < M; ++m) {
+      Vec total = acc[m][0];
+      for (int u = 1; u < kUnroll; ++u) total += acc[m][u];
+      store(inner + m * layout.columns + column, total);
+    }
+  }
+}
+
+// y[m, 0:width] += inner[m, 0:rank] B for M tokens, N vectors of outputs at once.
+template <int M, int N, typename T>
+int64_t expand(T* const* y, const float* inner, const T* b, const Layout& layout, int64_t rank, int64_t at, int64_t width) {
+  for (; at + N * kLanes <= width; at += N * kLanes) {
+    Vec acc[M][N];
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) acc[m][n] = load(y[m] + at + n * kLanes);
+    for (int64_t j = 0; j < rank; ++j) {
+      Vec row[N];
+      for (int n = 0; n < N; ++n) row[n] = load(b + j * layout.width + at + n * kLanes);
+      for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) acc[m][n] += row[n] * inner[m * layout.columns + j];
+    }
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) store(y[m] + at + n * kLanes, acc[m][n]);
+  }
+  return at;
+}
+
+template <int M, typename T>
+void add_block(const T* x, int64_t x_stride, T* y, int64_t y_stride, const T* a, const T* b, const int64_t* ranks,
+               const Layout& layout, std::vector<float>& scratch) {
+  int64_t columns = 0;
+  for (int64_t part = 0; part < layout.parts; ++part) columns += ranks[part];
+  if (!columns) return;
+  scratch.resize(M * (layout.columns + layout.inputs));
+  float* inner = scratch.data();
+  const float* rows[M];
+  for (int m = 0; m < M; ++m) {
+    if constexpr (std::is_same_v<T, float>) {
+      rows[m] = x + m * x_stride;
+    } else {
+      float* wide = inner + M * layout.columns + m * layout.inputs;
+      for (int64_t k = 0; k < layout.inputs; ++k) wide[k] = static_cast<float>(x[m * x_stride + k]);
+      rows[m] = wide;
+    }
+  }
+  project<M>(rows, a, inner, layout, columns);
+  for (int64_t part = 0, first = 0; part < layout.parts; first += ranks[part++]) {
+    const int64_t rank = ranks[part], width = layout.bounds[part + 1] - layout.bounds[part];
+    if (!rank) continue;
+    T* out[M];
+    for (int m = 0; m < M; ++m) out[m] = y + m * y_stride + layout.bounds[part];
+    const T* factor = b + first * layout.width;
+    int64_t at = expand<M, (M >= 8 ? 2 : 4)>(out, inner + first, factor, layout, rank, 0, width);
+    at = expand<M, 1>(out, inner + first, factor, layout, rank, at, width);
+    for (; at < width; ++at)
+      for (int m = 0; m < M; ++m) {
+        float total = static_cast<float>(out[m][at]);
+        for (int64_t j = 0; j < rank; ++j)
+          total += inner[m * layout.columns + first + j] * static_cast<float>(factor[j * layout.width + at]);
+        out[m][at] = static_cast<T>(total);
+      }
+  }
+}
+
+template <typename T>
+void add_all(at::Tensor& y, const at::Tensor& x, const at::Tensor& a, const at::Tensor& b, const at::Tensor& ranks,
+             const at::Tensor& bounds, const at::Tensor& segments) {
+  const Layout layout{a.size(1), a.size(2), b.size(2), ranks.size(1), bounds.data_ptr<int64_t>()};
+  struct Block {
+    int64_t slot, first;
+    int count;
+  };
+  std::vector<Block> blocks;
+  const int64_t* segment = segments.data_ptr<int64_t>();
+  for (int64_t i = 0; i < segments.size(0); ++i, segment += 3)
+    for (int64_t at = segment[1]; segment[0] >= 0 && at < segment[2];) {
+      int64_t left = segment[2] - at;
+      int count = left >= kTokens ? kTokens : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      blocks.push_back({segment[0], at, count});
+      at += count;
+    }
+  const T* xs = x.data_ptr<T>();
+  T* ys = y.data_ptr<T>();
+  const T *as = a.data_ptr<T>(), *bs = b.data_ptr<T>();
+  const int64_t* rank = ranks.data_ptr<int64_t>();
+  at::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch;
+    for (int64_t i = begin; i < end; ++i) {
+      const Block& block = blocks[i];
+      auto run = [&](auto tokens) {
+        add_block<decltype(tokens)::value>(
+            xs + block.first * x.stride(0), x.stride(0), ys + block.first * y.stride(0), y.stride(0),
+            as + block.slot * a.stride(0), bs + block.slot * b.stride(0), rank + block.slot * layout.parts, layout,
+            scratch);
+      };
+      switch (block.count) {
+        case 8: run(std::integral_constant<int, 8>{}); break;
+        case 4: run(std::integral_constant<int, 4>{}); break;
+        case 2: run(std::integral_constant<int, 2>{}); break;
+        default: run(std::integral_constant<int, 1>{});
+      }
+    }
+  });
+}
+
+// y [T, outputs] and x [T, inputs] with contiguous rows; a [slots, inputs, columns], b [slots, columns, width];
+// ranks [slots, parts]; bounds [parts + 1]; segments [n, 3] of (slot or -1, first token, token after the last).
+void lora_add(at::Tensor y, const at::Tensor& x, const at::Tensor& a, const at::Tensor& b, const at::Tensor& ranks,
+              const at::Tensor& bounds, const at::Tensor& segments) {
+  TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.stride(1) == 1 && y.stride(1) == 1, "rows must be contiguous");
+  TORCH_CHECK(a.is_contiguous() && b.is_contiguous() && a.size(2) == b.size(1) && a.size(2) % kLanes == 0, "factors");
+  TORCH_CHECK(a.size(1) == x.size(1) && x.size(0) == y.size(0), "shapes of x, y and A differ");
+  TORCH_CHECK(y.scalar_type() == x.scalar_type() && a.scalar_type() == x.scalar_type() &&
+              b.scalar_type() == x.scalar_type(), "one type for all");
+  TORCH_CHECK(segments.is_contiguous() && ranks.is_contiguous() && bounds.numel() == ranks.size(1) + 1, "layout");
+  if (x.scalar_type() == at::kFloat) {
+    add_all<float>(y, x, a, b, ranks, bounds, segments);
+  } else {
+    TORCH_CHECK(x.scalar_type() == at::kBFloat16, "float32 and bfloat16 only");
+    add_all<at::BFloat16>(y, x, a, b, ranks, bounds, segments);
+  }
+}
+
+}  // namespace
+}  // namespace ftray
+
+TORCH_LIBRARY_FRAGMENT(ftray_engine, library) {
+  library.def("lora_add(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor ranks, Tensor bounds, Tensor segments) -> ()");
+}
+TORCH_LIBRARY_IMPL(ftray_engine, CPU, library) { library.impl("lora_add", &ftray::lora_add); }
