@@ -40,11 +40,13 @@ def main() -> None:
     minutes, seed, quiet = arguments.minutes, arguments.seed, arguments.json
     try:
         if arguments.tune:
-            print(json.dumps(chaos_tune.campaign(folder, minutes, seed, quiet)))
-            return
-        found = chaos_train.campaign(folder, minutes, seed, arguments.kinds, quiet)
+            found = chaos_tune.campaign(folder, minutes, seed, quiet)
+            failed = found["searches_finished"] < found["searches"]
+        else:
+            found = chaos_train.campaign(folder, minutes, seed, arguments.kinds, quiet)
+            failed = found["runs_finished"] < found["runs"]
         print(json.dumps(found))
-        if found["error"] or found["runs_finished"] < found["runs"]:
+        if found["error"] or failed:
             sys.exit(1)
     finally:
         if not arguments.keep:

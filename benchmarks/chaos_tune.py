@@ -1,6 +1,6 @@
 """`python -m benchmarks.chaos --tune`: searches whose processes are killed, and what became of them.
 
-Each search is the real command (`ftray tune`) on a cluster of its own, training a toy of milliseconds a step. When
+Each search is the real command (`ftray tune`) on a cluster of its own, training a toy of a quarter of a second a step. When
 its journal has grown to a random length, one of its processes is killed, several times in a row; the command is
 given again with `--resume` until it succeeds. The outcome is compared with that of a search nobody disturbed.
 """
@@ -23,8 +23,10 @@ from typing import Any
 import psutil
 import yaml
 
+from benchmarks.chaos_log import go_on
 from ftray.core.errors import FtrayError
 from ftray.core.fs import read_json
+from ftray.testing.toy_train import RECIPE
 from ftray.tune.journal import Record, read
 from ftray.tune.population import Population, replay
 
@@ -35,23 +37,14 @@ _ATTEMPTS = 8
 _WAIT_S = 150.0
 _PROCESS_S = 20.0
 _SPACE = {"optim.learning_rate": {"loguniform": [1e-3, 0.3]}, "adapt.r": {"choice": [2, 4, 8]}}
-_RECIPE = {
-    "name": "toy",
-    "model": {"init": "config", "config": {"model_type": "llama"}},
-    "adapt": "lora",
-    "objective": "sft",
-    "optim": "adamw",
-    "lr_scheduler": "constant",
-    "strategy": "single",
-    "train": {"max_steps": 1},
-}
 
 
 @dataclass
 class Outcome:
     """What became of one disturbed search."""
 
-    kinds: list[str]
+    kinds: list[str] = field(default_factory=list)
+    """Whom a kill was delivered to; a search that nobody disturbed counts for nothing."""
     finished: bool = False
     attempts: int = 0
     stalls: int = 0
@@ -79,12 +72,12 @@ class Campaign:
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.draw = folder, random.Random(seed)
+        self.folder, self.seed, self.draw = folder, seed, random.Random(seed)
         self.members: list[dict[str, Any]] = []
 
     def reference(self) -> None:
         """The search nobody disturbs."""
-        process = self.start("reference")
+        process = self.start("reference", *["--resume"] * bool(self.records("reference")))
         if process.wait(_WAIT_S) != 0:
             raise RuntimeError("the reference search failed")
         self.members = state(replay(self.records("reference")))
@@ -92,8 +85,9 @@ class Campaign:
     def disturbed(self, number: int, kind: str) -> Outcome:
         """One search, disturbed by one kind first and by drawn ones after, resumed until it is done."""
         name = f"search-{number:03d}"
-        outcome = Outcome([kind, *self.draw.choices(KINDS, k=_KILLS - 1)])
-        kinds = iter(outcome.kinds)
+        outcome = Outcome()
+        self.draw = random.Random(f"{self.seed}-{number}")
+        kinds = iter([kind, *self.draw.choices(KINDS, k=_KILLS - 1)])
         total = len(self.records("reference"))
         started, left = time.monotonic(), list[list[Record]]()
         process = self.start(name)
@@ -133,8 +127,8 @@ class Campaign:
         """`ftray tune`, its output in a file."""
         home = self.folder / name
         home.mkdir(exist_ok=True)
-        (home / "toy.json").write_text(json.dumps({"sleep_s": 0.08}))
-        recipe = {**_RECIPE, "data": {"train": str(home / "toy.json")}}
+        (home / "toy.json").write_text(json.dumps({"sleep_s": 0.25}))
+        recipe = {**RECIPE, "data": {"train": str(home / "toy.json")}}
         (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         search = {
             "name": "search",
@@ -175,8 +169,11 @@ class Campaign:
         if not found:
             outcome.notes.append(f"no {kind} to kill")
             return
-        with contextlib.suppress(ProcessLookupError):
+        try:
             os.kill(self.draw.choice(found), signal.SIGKILL)
+            outcome.kinds.append(kind)
+        except ProcessLookupError:
+            outcome.notes.append(f"the {kind} had ended")
 
     def pids(self, kind: str, process: subprocess.Popen[bytes]) -> Iterator[int]:
         """The processes of one kind below a search."""
@@ -229,17 +226,19 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def summary(outcomes: list[Outcome], minutes: float, seed: int) -> dict[str, Any]:
-    """The line that is printed last."""
+    """The line that is printed last; only kills that were delivered count."""
+    disturbed = [outcome for outcome in outcomes if outcome.kinds]
     return {
         "benchmark": "chaos-tune",
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "minutes": minutes,
         "seed": seed,
         "searches": len(outcomes),
-        "searches_finished": sum(outcome.finished for outcome in outcomes),
+        "searches_disturbed": len(disturbed),
+        "searches_finished": sum(outcome.finished for outcome in disturbed),
         "kills": dict(collections.Counter(kind for outcome in outcomes for kind in outcome.kinds)),
-        "lineage_as_undisturbed": sum(outcome.same_lineage for outcome in outcomes),
-        "journals_kept": sum(outcome.journal_kept for outcome in outcomes),
+        "lineage_as_undisturbed": sum(outcome.same_lineage for outcome in disturbed),
+        "journals_kept": sum(outcome.journal_kept for outcome in disturbed),
         "trials_lost": sum(outcome.trials_lost for outcome in outcomes),
         "referenced_checkpoints_missing": sum(outcome.references_missing for outcome in outcomes),
         "stalls": sum(outcome.stalls for outcome in outcomes),
@@ -250,13 +249,17 @@ def summary(outcomes: list[Outcome], minutes: float, seed: int) -> dict[str, Any
 
 
 def campaign(folder: Path, minutes: float, seed: int, quiet: bool) -> dict[str, Any]:
-    """Disturb searches until the time is over; the summary."""
-    started, outcomes = time.monotonic(), []
+    """Disturb searches, one at least, until the time is over; the summary of all that were in this folder.
+
+    What goes wrong with the campaign itself is its `error`.
+    """
     searches = Campaign(folder, seed)
-    searches.reference()
-    kinds = iter(KINDS * 10_000)
-    while time.monotonic() - started < minutes * 60:
-        outcomes.append(searches.disturbed(len(outcomes), next(kinds)))
-        if not quiet:
-            print(vars(outcomes[-1]), flush=True)
-    return summary(outcomes, minutes, seed)
+    outcomes, spent, problem = go_on(
+        folder,
+        minutes,
+        Outcome,
+        searches.reference,
+        lambda number: searches.disturbed(number, KINDS[number % len(KINDS)]),
+        quiet,
+    )
+    return summary(outcomes, spent, seed) | {"error": problem}

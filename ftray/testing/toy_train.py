@@ -16,6 +16,18 @@ from typing import Any
 
 from ftray.core.fs import commit_dir, read_json, write_json
 
+RECIPE: dict[str, Any] = {
+    "name": "toy",
+    "model": {"init": "config", "config": {"model_type": "llama"}},
+    "adapt": "lora",
+    "objective": "sft",
+    "optim": "adamw",
+    "lr_scheduler": "constant",
+    "strategy": "single",
+    "train": {"max_steps": 1},
+}
+"""A recipe it trains, but for its rows (`data.train`)."""
+
 
 @dataclass(frozen=True)
 class ToyResult:

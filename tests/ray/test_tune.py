@@ -16,22 +16,13 @@ import yaml
 from ftray.config.load import load
 from ftray.config.tune import TuneConfig
 from ftray.core.errors import TuneError
+from ftray.testing.toy_train import RECIPE
 from ftray.tune.journal import read
 from ftray.tune.population import replay
 from ftray.tune.ray_trials import run
 
 pytestmark = pytest.mark.ray
 
-RECIPE = {
-    "name": "toy",
-    "model": {"init": "config", "config": {"model_type": "llama"}},
-    "adapt": "lora",
-    "objective": "sft",
-    "optim": "adamw",
-    "lr_scheduler": "constant",
-    "strategy": "single",
-    "train": {"max_steps": 1},
-}
 SEARCH = {
     "name": "search",
     "space": {"optim.learning_rate": {"loguniform": [1e-3, 0.3]}, "adapt.r": {"choice": [2, 4, 8]}},
