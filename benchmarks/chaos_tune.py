@@ -1,8 +1,9 @@
 """`python -m benchmarks.chaos --tune`: searches whose processes are killed, and what became of them.
 
-Each search is the real command (`ftray tune`) on a cluster of its own, training a toy of a quarter of a second a step. When
-its journal has grown to a random length, one of its processes is killed, several times in a row; the command is
-given again with `--resume` until it succeeds. The outcome is compared with that of a search nobody disturbed.
+Each search is the real command (`ftray tune`) on a cluster of its own, training a toy of a quarter of a second a
+step. When its journal has grown to a random length, one of its processes is killed, several times in a row; the
+command is given again with `--resume` until it succeeds. The outcome is compared with that of a search nobody
+disturbed.
 """
 
 import collections
