@@ -3,9 +3,9 @@
     python -m benchmarks.tune --json
 
 `tune_efficiency`: seconds that trials trained over (wall x slots), of a search over Ray Tune with reused actors.
-`pbt_vs_random`, `pbt_vs_asha`: best validation loss of each policy on the same rows, base, space and number of
-segments, over seeds; negative is for pbt. The base is a small Llama trained here on docstrings of the standard
-library; the rows are functions of it with the first line of their docstring.
+Its base is a small Llama trained here on docstrings of the standard library; the rows are functions of it with the
+first line of their docstring. `pbt_vs_random`, `pbt_vs_asha`: see `benchmarks/tune_policies.py`; needs a walked
+quickstart (`ftray quickstart`) in this directory.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import sysconfig
 import tempfile
 import time
@@ -22,26 +21,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tune_policies import compare, compared
 from ftray.cluster.ray_session import session
 from ftray.config.load import write_resolved
 from ftray.config.recipe import Recipe
 from ftray.config.tune import TuneConfig
 from ftray.core.spec import parse
-from ftray.tune.local import run_local
 from ftray.tune.ray_trials import run
-from ftray.tune.result import TuneResult
 
 SPACE = {
     "optim.learning_rate": {"loguniform": [1e-4, 1e-1]},
     "optim.weight_decay": {"loguniform": [1e-3, 1.0]},
     "adapt.r": {"choice": [2, 4, 8, 16]},
-}
-SEGMENTS = 4
-# Equal numbers of segments: 8 x 4, and 16 + 8 + 4 + 4 by halving at each rung of factor two.
-ARMS: dict[str, dict[str, Any]] = {
-    "pbt": {"policy": "pbt", "num_members": 8},
-    "random": {"policy": "random", "num_members": 8},
-    "asha": {"policy": {"type": "asha", "reduction_factor": 2}, "num_members": 16},
 }
 
 
@@ -67,11 +58,10 @@ class Bench:
     Args:
         folder: where everything lies.
         base_steps: steps of training of the base.
-        segment_steps: optimiser steps of one segment.
     """
 
-    def __init__(self, folder: Path, base_steps: int, segment_steps: int) -> None:
-        self.folder, self.segment_steps = folder, segment_steps
+    def __init__(self, folder: Path, base_steps: int) -> None:
+        self.folder = folder
         found = [row for row in rows() if len(row["prompt"]) < 160]
         for name, part in (("train", found[::2]), ("validation", found[1:600:4])):
             lines = "".join(json.dumps(row) + "\n" for row in part)
@@ -122,18 +112,9 @@ class Bench:
             "output_dir": str(self.folder / "searches"),
             "recipe": str(self.folder / f"recipe-{seed}.yaml"),
             "space": SPACE,
-            "num_segments": SEGMENTS,
-            "segment_steps": self.segment_steps,
             "seed": seed,
         }
         return parse(TuneConfig, settings | changes)
-
-    def compare(self, seed: int) -> dict[str, TuneResult]:
-        """Every arm with one seed, in this process."""
-        recipe = self._recipe(self.base, "member", seed=seed)
-        return {
-            name: run_local(self.search(f"{name}-{seed}", seed, **arm), recipe) for name, arm in ARMS.items()
-        }
 
     def efficiency(self, trial_s: float, slots: int) -> dict[str, float]:
         """Seconds of training over wall x slots: two trials a slot, of about `trial_s` each, after a short one."""
@@ -159,45 +140,12 @@ class Bench:
         }
 
 
-def compared(found: dict[int, dict[str, TuneResult]]) -> dict[str, Any]:
-    """Losses and tokens of every arm and seed, and pbt against the others."""
-
-    def against(other: str) -> dict[str, float]:
-        differences = [arms["pbt"].score - arms[other].score for arms in found.values()]
-        return {
-            "mean_difference": round(statistics.mean(differences), 4),
-            "lowest": round(min(differences), 4),
-            "highest": round(max(differences), 4),
-            "pbt_better": sum(difference < 0 for difference in differences),
-            "seeds": len(differences),
-        }
-
-    return {
-        "pbt_vs_random": against("random"),
-        "pbt_vs_asha": against("asha"),
-        "runs": [
-            {
-                "seed": seed,
-                "policy": name,
-                "eval_loss": round(result.score, 4),
-                "tokens": result.cost.tokens,
-                "segments": result.num_segments,
-                "cpu_s": result.cost.cpu_s,
-                "config": result.config,
-            }
-            for seed, arms in found.items()
-            for name, result in arms.items()
-        ],
-    }
-
-
 def main() -> None:
     """Print one JSON line last."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--segment-steps", type=int, default=20)
     parser.add_argument("--base-steps", type=int, default=200)
     parser.add_argument(
         "--trial-s", type=float, default=30.0, help="seconds of a trial for `tune_efficiency`"
@@ -212,11 +160,10 @@ def main() -> None:
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
     }
     try:
-        bench = Bench(folder, arguments.base_steps, arguments.segment_steps)
         if arguments.only != "efficiency":
             found = {}
             for seed in range(arguments.seeds):
-                found[seed] = bench.compare(seed)
+                found[seed] = compare(folder, seed)
                 if not arguments.json:
                     print(
                         seed,
@@ -225,7 +172,7 @@ def main() -> None:
                     )
             figures |= compared(found)
         if arguments.only != "policies":
-            figures |= bench.efficiency(arguments.trial_s, arguments.slots)
+            figures |= Bench(folder, arguments.base_steps).efficiency(arguments.trial_s, arguments.slots)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(figures))
