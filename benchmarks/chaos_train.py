@@ -34,7 +34,7 @@ from ftray.core.spec import parse
 from ftray.train.checkpoint import read_manifest
 from ftray.train.track.jsonl import read_records
 
-STEPS, SAVE_STEPS, BATCH = 40, 6, 4
+STEPS, SAVE_STEPS, BATCH = 80, 6, 4
 KINDS = ("worker", "driver", "raylet", "controller", "hang", "sigterm_driver", "sigterm_worker")
 _ATTEMPTS = 4
 _WAIT_S = 180.0
@@ -83,7 +83,7 @@ class Campaign:
         recipe = self.recipe(f"{number:03d}-{kind.replace('_', '-')}")
         self.clear(recipe.name)
         self.draw = random.Random(f"{self.seed}-{number}")
-        outcome = Outcome(kind, self.draw.randrange(SAVE_STEPS, STEPS - 2 * SAVE_STEPS))
+        outcome = Outcome(kind, self.draw.randrange(SAVE_STEPS, STEPS // 3))
         started = time.monotonic()
         try:
             self.drive(recipe, outcome)
@@ -137,7 +137,7 @@ class Campaign:
         outcome.lost_steps = recorded.lost_work(recorded.read(self.folder / "ids" / name))
 
     def recipe(self, name: str) -> Recipe:
-        """A run of 40 steps on two workers."""
+        """A run of two workers; long, since its processes outlive a killed raylet by some seconds."""
         ids = self.folder / "ids" / name
         ids.parent.mkdir(exist_ok=True)
         return parse(

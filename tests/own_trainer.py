@@ -49,4 +49,9 @@ def nothing(context: Context) -> None:
     context.log(1, loss=1.0)
 
 
+def too_large(context: Context) -> None:
+    """Wants more memory than any machine has."""
+    torch.empty(1 << 50)
+
+
 not_a_function = 3

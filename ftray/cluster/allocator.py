@@ -39,7 +39,7 @@ def environment() -> dict[str, str]:
 def restart_for(words: Sequence[str]) -> None:
     """Begin `ftray run ...` anew under `environment()` if it trains in this process; else return.
 
-    Ray's workers have the environment of their cluster, which is where they take an allocator from.
+    The workers of a group are given the same environment when they start.
     """
     found = environment()
     if found and _DONE not in os.environ and _trains_here(words):

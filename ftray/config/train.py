@@ -76,9 +76,3 @@ class TrainConfig:
             )
         if self.save_best and self.eval_steps is None:
             raise ConfigError("save_best: needs validation losses while training; set `eval_steps`")
-
-    @property
-    def needs(self) -> dict[str, str]:
-        """Facts of the settings (`ftray.core.facts`)."""
-        averages = {"local_optimizer": "keeps averages after each step (`ema_decay`)"}
-        return {} if self.ema_decay is None else averages

@@ -5,7 +5,7 @@ skipped (when a step is not applied) by the code that does so for moments, under
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +22,17 @@ class Ema(torch.optim.Optimizer):
     own_keys: ClassVar[frozenset[str]] = frozenset({"ema"})
     """State of a parameter that is this optimiser's, not that of the one that moves it."""
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float) -> None:
+    def __init__(self, parameters: Iterable[torch.Tensor], decay: float) -> None:
         super().__init__(parameters, {"lr": 0.0, "decay": decay})
+        self._swapped: Callable[[], None] | None = None
+
+    def over(
+        self, tensors: Sequence[torch.Tensor], state: Any, changed: Callable[[], None]
+    ) -> torch.optim.Optimizer:
+        """The same average over other tensors that hold the parameters (`ftray.strategy.base.Follower`)."""
+        found = Ema(tensors, self.defaults["decay"])
+        found.state, found._swapped = state, changed
+        return found
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -47,6 +56,8 @@ class Ema(torch.optim.Optimizer):
                     kept = parameter.detach().clone()
                     parameter.copy_(average)
                     average.copy_(kept)
+        if self._swapped is not None:
+            self._swapped()
 
 
 @contextlib.contextmanager

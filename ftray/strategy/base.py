@@ -5,9 +5,9 @@ can divide the world further without touching data order, loss counts or seeds.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -25,6 +25,23 @@ class Update:
     """Norm of the whole gradient before clipping."""
     applied: bool
     """False if loss or gradient was not finite: then no parameter moved, on any rank."""
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """An optimiser that moves nothing: after each step it takes in the parameters as they are."""
+
+    def over(
+        self, tensors: Sequence[torch.Tensor], state: Any, changed: Callable[[], None]
+    ) -> torch.optim.Optimizer:
+        """The same over tensors that hold the parameters in another form.
+
+        Args:
+            tensors: what is stepped in place of the parameters.
+            state: where the state of each lies, that of other optimisers included.
+            changed: to be called when something was written to the tensors.
+        """
+        ...
 
 
 class Snapshot(Protocol):

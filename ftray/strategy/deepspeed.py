@@ -11,10 +11,10 @@ from pydantic import Field
 from ftray.core.errors import ConfigError
 from ftray.core.spec import spec
 from ftray.strategy import zero_pieces
-from ftray.strategy.base import Optimizers, Parameters, Update
+from ftray.strategy.base import Follower, Optimizers, Parameters, Update
 from ftray.strategy.pieces import Pieces
 from ftray.strategy.workers import Workers
-from ftray.strategy.zero import Zero, check_optimizers, load_deepspeed
+from ftray.strategy.zero import Zero, check_optimizers, load_deepspeed, require_deepspeed
 
 _OURS = {"stage", "offload_optimizer", "offload_param"}
 
@@ -59,7 +59,8 @@ class DeepSpeed(Workers):
         return frozenset(("masters", "optimizer", "gradients", "weights")[: self.zero_stage + 1])
 
     def check_optimizers(self, optimizers: Optimizers) -> None:
-        """One of `torch.optim`, that moves each element by its own gradient alone."""
+        """One of `torch.optim`, that moves each element by its own gradient alone; and the library is there."""
+        require_deepspeed()
         check_optimizers(optimizers)
 
     def settings(self) -> dict[str, Any]:
@@ -99,11 +100,13 @@ class DeepSpeed(Workers):
             self.zero.partition(parameter)
 
     def attach(self, model: Any, optimizers: Optimizers) -> list[torch.optim.Optimizer]:
-        """Hand both to DeepSpeed."""
+        """Hand both to DeepSpeed; averages are kept of its float32 masters."""
         del model
         optimizer = check_optimizers(optimizers)
         self.zero.start(optimizer)
-        return [optimizer]
+        followers = [found for found in optimizers if isinstance(found, Follower)]
+        masters = self.zero.masters, self.zero.states, self.zero.refresh
+        return [optimizer, *(found.over(*masters) for found in followers)]
 
     def backward(self, loss: torch.Tensor) -> None:
         """Through DeepSpeed, which reduces gradients as they come (stages 2 and 3)."""
@@ -118,11 +121,14 @@ class DeepSpeed(Workers):
         sound: bool,
     ) -> Update:
         """DeepSpeed's step; what it does not apply, it drops on all ranks."""
-        del parameters, optimizers
+        del parameters
         if not sound:
             self.zero.drop_gradients()
             return Update(grad_norm=math.nan, applied=False)
         norm, applied = self.zero.step(max_grad_norm)
+        if applied:
+            for follower in (found for found in optimizers if isinstance(found, Follower)):
+                follower.step()
         return Update(grad_norm=norm, applied=applied)
 
     def snapshot(self, parameters: Parameters, optimizers: Optimizers, *, copy: bool = True) -> Pieces:

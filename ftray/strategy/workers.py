@@ -24,6 +24,8 @@ class Workers:
     """CPUs of each worker."""
     max_failures: int = Field(default=2, ge=0)
     """Times the worker group is restarted from its newest checkpoint."""
+    wait_for_room_s: float = Field(default=600.0, gt=0)
+    """Seconds to wait for room in the cluster for the (least) workers before the run is given up."""
 
     @property
     def in_process(self) -> bool:

@@ -6,6 +6,7 @@ log at every turn.
 """
 
 import contextlib
+import importlib.util
 import logging
 import math
 import os
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ftray.core.errors import ConfigError
-from ftray.strategy.base import Parameters
+from ftray.strategy.base import Follower, Parameters
 from ftray.strategy.flat import Part
 
 # Each element is moved by its own gradient alone, so a flat range of elements can be stepped in place of matrices.
@@ -28,18 +29,25 @@ _ELEMENTWISE = ("Adadelta", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSpro
 _GROUP_ELEMENTS = 1 << 26
 
 
+def require_deepspeed() -> None:
+    """Raise `ConfigError` if the library is not installed; it is looked for and not imported."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "strategy: deepspeed is not installed; install torch, setuptools, wheel and ninja, then "
+            "`pip install --no-build-isolation 'ftray[deepspeed]'`"
+        )
+
+
 def load_deepspeed() -> ModuleType:
-    """The library, quiet and without native code. Raises `ConfigError` if it is not installed."""
+    """The library, quiet and without native code. Raises `ConfigError` if it is not to be had."""
+    require_deepspeed()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     if dist.is_initialized():  # elsewhere it would tell other libraries that this is a rank
         os.environ.setdefault("LOCAL_RANK", "0")
     try:
         import deepspeed
     except ImportError as error:
-        raise ConfigError(
-            f"strategy: deepspeed is not installed ({error}); install torch, setuptools, wheel and ninja, then "
-            "`pip install --no-build-isolation 'ftray[deepspeed]'`"
-        ) from None
+        raise ConfigError(f"strategy: deepspeed does not load ({error}); install it anew") from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # It would compile a shared-memory all-reduce, inside the worker, that only its inference uses.
@@ -49,6 +57,7 @@ def load_deepspeed() -> ModuleType:
 
 def check_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
     """The one optimiser that DeepSpeed is to step. Raises `ConfigError` if it cannot."""
+    optimizers = [optimizer for optimizer in optimizers if not isinstance(optimizer, Follower)]
     found = [type(optimizer).__name__ for optimizer in optimizers]
     if len(optimizers) != 1 or type(optimizers[0]).__module__.split(".")[:2] != ["torch", "optim"]:
         reason = f"steps one optimiser of torch.optim, not {' and '.join(found)}"
@@ -220,9 +229,20 @@ class Zero:
         numel = min(here.numel, math.prod(shape) - here.start)
         return Part(name, shape, here.start, buffers[where.param_group_index], there.start, numel)
 
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        """The float32 buffers that are stepped."""
+        kind = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
+        return list(getattr(self.optimizer, kind))
+
+    @property
+    def states(self) -> Any:
+        """The optimiser's state by buffer, to read and to fill."""
+        return self.optimizer.optimizer.state
+
     def state(self, flat: torch.Tensor) -> dict[str, Any]:
-        """The optimiser's state of a buffer, to read and to fill."""
-        found: dict[str, Any] = self.optimizer.optimizer.state[flat]
+        """The optimiser's state of a buffer."""
+        found: dict[str, Any] = self.states[flat]
         return found
 
     @torch.no_grad()

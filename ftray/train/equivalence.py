@@ -1,7 +1,7 @@
 """`ftray check --equivalence`: the losses must not depend on how a step is cut and spread.
 
 The recipe takes some steps in float32 on CPUs several times over: as given, with other micro batches, with its
-documents in other rows, on one and two workers, and under `ddp` and `fsdp` where they go with the rest of it.
+documents in other rows, on one and two workers, and under every other strategy that goes with the rest of it.
 Dropout is off, for its random numbers belong to a shape.
 Packing decides which documents share a step, so recipes with and without it see different steps; what can and
 must be equal is the loss of the *same* documents in other rows, and that is what is compared.
@@ -16,10 +16,12 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ftray.catalog import METHODS
 from ftray.config.recipe import Recipe
 from ftray.core.errors import ConfigError
 from ftray.core.spec import dump, parse, replace
 from ftray.data.source import find_sources
+from ftray.train.check import check_model
 from ftray.train.io import LocalIO
 from ftray.train.local_ranks import call_on_ranks
 from ftray.train.regroup import apart, joined
@@ -28,8 +30,6 @@ from ftray.train.worker import begin
 
 TOLERANCE = 1e-5
 _SAMPLED_FILES = 8
-_STRATEGIES = ("ddp", "fsdp")
-"""Those that need no other library."""
 
 Rows = Literal["as given", "apart", "joined"]
 
@@ -107,12 +107,13 @@ def _spread(recipe: Recipe) -> list[Variant]:
     own = recipe if "num_workers" in dump(recipe.strategy) else replace(recipe, "strategy", "ddp")
     name = dump(own.strategy)["type"]
     found = [Variant(f"{name}, {n} workers", replace(own, "strategy.num_workers", n), n) for n in (1, 2)]
-    for other in _STRATEGIES:
-        if other == name:
-            continue
-        with contextlib.suppress(ConfigError):  # pieces that do not go together
-            spread = replace(recipe, "strategy", {"type": other, "num_workers": 2})
-            found.append(Variant(f"{other}, 2 workers", spread, 2))
+    for other in sorted(METHODS["strategy"]):
+        with contextlib.suppress(ConfigError):  # pieces that do not go together, a library that is not there
+            spread = replace(recipe, "strategy", other)
+            if other != name and not spread.strategy.in_process:
+                check_model(spread)
+                two = replace(spread, "strategy.num_workers", 2)
+                found.append(Variant(f"{other}, 2 workers", two, 2))
     return found
 
 

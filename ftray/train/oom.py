@@ -58,6 +58,11 @@ def explain(recipe: Recipe, held_bytes: int) -> str:
         held_bytes: what the process held at most before it was refused more.
     """
     beginning = f"out of memory at {gib(held_bytes)}"
+    if recipe.trainer is not None:
+        return (
+            f"{beginning} in the trainer's own loop; where it heeds them, a smaller "
+            "`train.per_device_train_batch_size`, `train.gradient_checkpointing: true` or `adapt: lora` need less"
+        )
     try:
         rows = look_at_rows(recipe)
         _, memory, peak = predict_memory(recipe, rows)

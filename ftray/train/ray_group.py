@@ -1,13 +1,16 @@
 """A run as a Ray Train worker group: started, restarted, resized, and ended with what the user is to know."""
 
 import contextlib
+import math
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ftray.cluster import allocator
+from ftray.cluster.ray_room import wait_for_room
 from ftray.config.recipe import Recipe
 from ftray.core import errors
 from ftray.core.errors import FtrayError, RunStopped, TrainError
@@ -28,11 +31,13 @@ MISTAKE = "mistake.json"
 """Written by a worker that meets a user's mistake, read and removed by the driver."""
 
 _RAY_SETTINGS = {
-    # A group that cannot start for lack of room should say so in minutes, not hang.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
+_START_S = 120
+"""A group that cannot start for lack of room should say so in minutes, not hang."""
+_TRY_S = 10
+"""Then a group whose number is free is tried with another: Ray counts drained and dead nodes for a while."""
 _ASK_EVERY_S = 0.2
 _COLLECTIVE_MARGIN_S = 60
 
@@ -57,8 +62,6 @@ def run_group(
         RunStopped: if this process was asked to end; a checkpoint holds every step.
         FtrayError: a user's mistake that a worker met, or what made the group fail `max_failures` times.
     """
-    for key, value in _RAY_SETTINGS.items():
-        os.environ.setdefault(key, value)
     run_dir.mkdir(parents=True, exist_ok=True)
     config = {
         "recipe": dump(recipe),
@@ -69,10 +72,12 @@ def run_group(
         "start_from": None if start_from is None else str(start_from),
         "stop_at": stop_at,
     }
+    strategy = recipe.strategy
+    least, most = bounds(strategy.num_workers)
     stop = Stop(run_dir)
     begun = -1
     try:
-        with Tail(run_dir / METRICS, on_record):
+        with Tail(run_dir / METRICS, on_record), _ray_settings(_START_S if least == most else _TRY_S):
             while True:
                 for name in (MISTAKE, STOPPED):
                     (run_dir / name).unlink(missing_ok=True)
@@ -85,13 +90,34 @@ def run_group(
                     reason = stop.reason or stopped["reason"]
                     raise RunStopped(stopped_after(recipe.name, stopped["step"], reason), stop.signum)
                 begun = stopped["step"]
+                wait_for_room(least, resources_of(least, cpus_per_worker), strategy.wait_for_room_s)
     finally:
         stop.close()
         (run_dir / STOP).unlink(missing_ok=True)
 
 
-def _trainer(recipe: Recipe, run_dir: Path, cpus_per_worker: float, config: dict[str, Any]) -> Any:
+@contextlib.contextmanager
+def _ray_settings(start_s: float) -> Iterator[None]:
+    """Inside the block Ray Train has our settings where the user made none; it passes them on to its processes."""
+    wanted = {**_RAY_SETTINGS, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(start_s)}
+    ours = {key: value for key, value in wanted.items() if key not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for key in ours:
+            os.environ.pop(key, None)
+
+
+def resources_of(least: int, cpus_per_worker: float) -> dict[str, float]:
+    """What a worker claims: CPUs, and a GPU where the cluster has one for each of the least workers."""
     import ray
+
+    has_gpus = ray.cluster_resources().get("GPU", 0) >= least
+    return {"CPU": cpus_per_worker} | ({"GPU": 1.0} if has_gpus else {})
+
+
+def _trainer(recipe: Recipe, run_dir: Path, cpus_per_worker: float, config: dict[str, Any]) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -99,18 +125,23 @@ def _trainer(recipe: Recipe, run_dir: Path, cpus_per_worker: float, config: dict
 
     strategy, settings = recipe.strategy, recipe.train
     least, most = bounds(strategy.num_workers)
+    resources = resources_of(least, cpus_per_worker)
     # A rank that waits for one that hangs is found by its own guard; this is for runs that have none.
     timeout_s = 1800 if settings.watchdog_s is None else settings.watchdog_slow_s + _COLLECTIVE_MARGIN_S
     scaling: dict[str, Any] = {
         "num_workers": most if least == most else (least, most),
         "elastic_resize_monitor_interval_s": settings.elastic_interval_s,
-        "resources_per_worker": {"CPU": cpus_per_worker},
-        "use_gpu": ray.cluster_resources().get("GPU", 0) >= least,
+        "resources_per_worker": resources,
+        "use_gpu": "GPU" in resources,
     }
+    # Of a group whose number is free, Ray starts as many as there is room for and counts no failure.
+    starts = math.ceil(strategy.wait_for_room_s / _START_S) if least == most else -1
+    failing: dict[str, Any] = {"max_failures": strategy.max_failures, "controller_failure_limit": starts}
     running: dict[str, Any] = {
         "name": "ray",
         "storage_path": str(run_dir),
-        "failure_config": FailureConfig(max_failures=strategy.max_failures),
+        "failure_config": FailureConfig(**failing),
+        "worker_runtime_env": {"env_vars": allocator.environment()},
         "callbacks": [Orderly()],
     }
     return TorchTrainer(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ftray.cluster.ray_room import wait_for_room
 from ftray.cluster.ray_session import session
 from ftray.config.recipe import Recipe
 from ftray.core.errors import CheckpointError
@@ -14,7 +15,7 @@ from ftray.strategy.elastic import bounds
 from ftray.train.check import check_model
 from ftray.train.io import LocalIO, Record
 from ftray.train.opaque.context import FOLDER as TRAINER
-from ftray.train.ray_group import run_group
+from ftray.train.ray_group import resources_of, run_group
 from ftray.train.run import Result
 from ftray.train.stop import FILE as STOP
 from ftray.train.worker import train
@@ -65,6 +66,8 @@ def launch(
         train_shards, validation_shards, background = _prepare(recipe, on_prepare, cpus_per_task)
         shards = (train_shards, validation_shards)
         try:
+            least, _ = bounds(recipe.strategy.num_workers)
+            wait_for_room(least, resources_of(least, cpus_per_worker), recipe.strategy.wait_for_room_s)
             return run_group(recipe, run_dir, cwd, shards, cpus_per_worker, accept_changed_data, on_record)
         finally:
             if background is not None:

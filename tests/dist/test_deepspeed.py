@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO trains what one process trains, and its checkpoints are everybody's."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ STAGES = (1, 2, 3)
 # Four rows, one in a pass: two micro batches on each of two ranks.
 ACCUMULATE: dict[str, Any] = {"train__per_device_train_batch_size": 1, "optim__weight_decay": 0.1}
 
+AVERAGED: dict[str, Any] = {"train__ema_decay": 0.5, "train__eval_steps": 2}
+
 
 def train_here(recipe: Recipe, stop_at: int | None = None) -> Result:
     return train(recipe, LocalIO(Path(recipe.output_dir) / recipe.name), stop_at=stop_at)
@@ -35,6 +38,12 @@ def curve(recipe: Recipe) -> list[tuple[float, float]]:
     return [(record["loss"], record["grad_norm"]) for record in records if "grad_norm" in record]
 
 
+def validated(recipe: Recipe) -> list[float]:
+    """Validation losses, the last twice: while training and at the end."""
+    records = read_records(Path(recipe.output_dir) / recipe.name / "metrics.jsonl")
+    return [record["eval_loss"] for record in records if "eval_loss" in record]
+
+
 def zero(stage: int, **settings: Any) -> dict[str, Any]:
     """The strategy; in stage 3 nothing stays whole because it is small."""
     if stage == 3:
@@ -44,8 +53,11 @@ def zero(stage: int, **settings: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("adapt", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_every_stage_equals_one_process(make_recipe: MakeRecipe, adapt: str) -> None:
-    """Losses and gradient norms of several steps, with accumulation, clipping and weight decay at work."""
-    common = {"adapt": adapt, "train__max_grad_norm": 0.5, "train__max_steps": 4, **ACCUMULATE}
+    """Losses and gradient norms of several steps, with accumulation, clipping and weight decay at work.
+
+    What is validated, while it trains and at the end, and published are averages of the weights.
+    """
+    common = {"adapt": adapt, "train__max_grad_norm": 0.5, "train__max_steps": 4, **ACCUMULATE, **AVERAGED}
     one = make_recipe("one", **common)
     single, reference = train_here(one), curve(one)
     assert min(norm for _, norm in reference) > 0.5  # it is clipped
@@ -56,7 +68,7 @@ def test_every_stage_equals_one_process(make_recipe: MakeRecipe, adapt: str) -> 
     for recipe, result in zip(recipes, found, strict=True):
         for mine, its in zip(curve(recipe), reference, strict=True):
             assert mine == pytest.approx(its, rel=1e-5), recipe.name
-        assert result.metrics["eval_loss"] == pytest.approx(single.metrics["eval_loss"], rel=1e-4)
+        assert validated(recipe) == pytest.approx(validated(one), rel=1e-5)
         assert (result.step, result.tokens) == (single.step, single.tokens)
         assert_loads(recipe, result, single)
 
@@ -105,6 +117,37 @@ def test_what_else_may_be_in_a_recipe(make_recipe: MakeRecipe, tmp_path: Path) -
             assert mine[0] == pytest.approx(its[0], rel=tolerance), recipe.name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("adapt", ["lora", "full"])
+def test_pairs(make_recipe: MakeRecipe, tmp_path: Path, adapt: str) -> None:
+    """`dpo` with its reference (the adapter off, or a frozen copy), `reward` with its head, in every stage."""
+    rows = [{"prompt": f"{n:03d}", "chosen": " yes" * (n % 3 + 1), "rejected": " no"} for n in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    untied = str(
+        tiny_base(tmp_path / "qwen3", "qwen3")
+    )  # a reward is read off the last state; no head is there
+    common = {
+        "data__train": str(tmp_path / "pairs.jsonl"),
+        "data__validation": [],
+        "adapt": adapt,
+        **ACCUMULATE,
+    }
+    cases: dict[str, dict[str, Any]] = {
+        "dpo": {"objective": "dpo"},
+        "reward": {"objective": "reward", "model__model_name_or_path": untied},
+    }
+    recipes = []
+    for name, case in cases.items():
+        train_here(make_recipe(name, **common, **case))
+        recipes += [make_recipe(f"{name}-{s}", **common, **case, strategy=zero(s)) for s in STAGES]
+    on_ranks(2, train_each, recipes)
+    for recipe in recipes:
+        reference = curve(make_recipe(recipe.name.rpartition("-")[0], **common))
+        assert len(reference) == 6
+        for mine, its in zip(curve(recipe), reference, strict=True):
+            assert mine == pytest.approx(its, rel=1e-5), recipe.name
+
+
 def scenario(recipes: dict[str, Recipe]) -> tuple[list[float], list[float]]:
     train_here(recipes["whole"])
     train_here(recipes["parts"], stop_at=3)
@@ -146,13 +189,14 @@ def test_goes_on_as_if_never_stopped_and_skips_what_is_not_finite(
         "infinite": {"objective": {"type": "tests.slow_objective:Infinite"}, "train__max_steps": 2},
         "exploding": {"optim__learning_rate": 1e30},
     }
-    common = {"adapt": "full", "train__nan_policy": "skip", "train__max_steps": 5, **ACCUMULATE}
+    common = {"adapt": "full", "train__nan_policy": "skip", "train__max_steps": 5, **ACCUMULATE, **AVERAGED}
     recipes = {
         name: make_recipe(name, **{**common, "strategy": zero(stage), **case}) for name, case in cases.items()
     }
     (ahead, again), _ = on_ranks(2, scenario, recipes)
     assert ahead == again
     assert curve(recipes["parts"]) == curve(recipes["whole"])
+    assert validated(recipes["parts"])[-1] == validated(recipes["whole"])[-1]
     assert skips(recipes["infinite"]) == [1, 1]
     assert_untouched(recipes["infinite"])
     assert sum(skips(recipes["exploding"])) >= 2
@@ -188,7 +232,13 @@ LEGS: dict[str, list[tuple[Any, int]]] = {
 def test_one_curve_over_stages_worlds_and_strategies(make_recipe: MakeRecipe, name: str) -> None:
     """A run goes on at another world size, at another stage, without DeepSpeed, and with it again."""
     legs = LEGS[name]
-    common = {"adapt": "full", "train__max_steps": legs[-1][1], "train__save_steps": 2, **ACCUMULATE}
+    common = {
+        "adapt": "full",
+        "train__max_steps": legs[-1][1],
+        "train__save_steps": 2,
+        **ACCUMULATE,
+        **AVERAGED,
+    }
     whole = make_recipe("whole", **common)
     train_here(whole)
     for strategy, stop in legs:
@@ -200,3 +250,4 @@ def test_one_curve_over_stages_worlds_and_strategies(make_recipe: MakeRecipe, na
     for (loss, norm), (loss_of_whole, norm_of_whole) in zip(curve(recipe), curve(whole), strict=True):
         assert loss == pytest.approx(loss_of_whole, rel=1e-5)
         assert norm == pytest.approx(norm_of_whole, rel=1e-4)
+    assert validated(recipe)[-1] == pytest.approx(validated(whole)[-1], rel=1e-5)

@@ -1,6 +1,7 @@
 """`ftray check --equivalence`: a sound recipe passes, one whose loss depends on how rows are cut is named."""
 
 import json
+import sys
 from collections.abc import Mapping
 from math import inf, nan
 from pathlib import Path
@@ -48,6 +49,7 @@ def test_sound(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFi
         "packing off: each document alone",
         "ddp, 1 workers",
         "ddp, 2 workers",
+        "deepspeed, 2 workers",
         "fsdp, 2 workers",
     ):
         assert name in text
@@ -65,16 +67,23 @@ def test_what_is_not_finite_differs(losses: list[float], reference: list[float])
     assert "spread  inf  <- differs" in table([row, row])[1]
 
 
-def test_the_other_strategies_are_tried_where_they_go_with_the_rest(make_recipe: MakeRecipe) -> None:
+def test_the_other_strategies_are_tried_where_they_go_with_the_rest(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def spread(**changes: Any) -> list[str]:
         found = [v for v in variants_of(make_recipe(**changes)) if not v.recipe.strategy.in_process]
         assert all(v.recipe.strategy.num_workers == v.world for v in found)
         return [v.name for v in found]
 
     ddp, fsdp = ["ddp, 1 workers", "ddp, 2 workers"], ["fsdp, 1 workers", "fsdp, 2 workers"]
-    assert spread() == [*ddp, fsdp[1]]
-    assert spread(strategy={"type": "fsdp", "num_workers": 4}) == [*fsdp, ddp[1]]
+    zero = "deepspeed, 2 workers"
+    assert spread() == [*ddp, zero, fsdp[1]]
+    assert spread(strategy={"type": "fsdp", "num_workers": 4}) == [*fsdp, ddp[1], zero]
     assert spread(adapt="full", optim="muon") == ddp, "Muon needs whole matrices"
+    adafactor = {"type": "torch", "optimizer": "Adafactor", "learning_rate": 1e-3}
+    assert zero not in spread(optim=adafactor), "it cannot step ranges"
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    assert spread() == [*ddp, fsdp[1]], "its library is not there"
 
 
 @pytest.mark.parametrize("packing", [True, False])

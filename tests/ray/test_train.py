@@ -1,5 +1,6 @@
 """Two real Ray Train workers: the same curve as one process, through kill -9 of the driver and of a worker."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from ftray.cluster import allocator
 from ftray.config.load import write_resolved
 from ftray.config.recipe import Recipe
-from ftray.core.errors import FtrayError
+from ftray.core.errors import ClusterError, FtrayError
 from ftray.core.fs import read_json
 from ftray.train.io import LocalIO
 from ftray.train.ray_launch import launch
@@ -32,13 +35,13 @@ def losses(folder: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records if "grad_norm" in record}
 
 
-def slow_recipe(make_recipe: MakeRecipe, name: str, pid_file: str = "") -> Recipe:
+def slow_recipe(make_recipe: MakeRecipe, name: str, pid_file: str = "", pause_s: float = 0.05) -> Recipe:
     """A run that takes long enough to be killed in the middle."""
     return make_recipe(
         name,
         strategy=DDP,
         train__save_steps=2,
-        objective={"type": "tests.slow_objective:Slow", "pid_file": pid_file},
+        objective={"type": "tests.slow_objective:Slow", "pid_file": pid_file, "pause_s": pause_s},
         **LONG,
     )
 
@@ -55,9 +58,24 @@ def test_two_workers_and_the_errors_they_bring_back(make_recipe: MakeRecipe, ray
     train(reference, LocalIO(Path(reference.output_dir) / reference.name))
     recipe = make_recipe("ddp", strategy=DDP)
     seen: list[int] = []
-    result = launch(recipe, on_record=lambda record: seen.append(record["step"]))
+    allocators: set[bool] = set()
+
+    def look(record: dict[str, int]) -> None:
+        seen.append(record["step"])
+        for progress in Path(recipe.output_dir).glob("ddp/progress/rank-*.json"):
+            with contextlib.suppress(FileNotFoundError):  # it ended meanwhile
+                maps = Path(f"/proc/{read_json(progress)['pid']}/maps").read_text()
+                allocators.add("libjemalloc" in maps)
+
+    result = launch(recipe, on_record=look)
+    assert allocators == {bool(allocator.environment())}
     assert losses(result.run_dir) == pytest.approx(losses(Path(reference.output_dir) / "reference"), rel=1e-5)
     assert result.delta is not None and (result.delta / "adapter_model.safetensors").is_file() and seen
+    wide = {"cpus_per_worker": 8, "wait_for_room_s": 1.0}
+    with pytest.raises(
+        ClusterError, match=r"no room in 1 s for 2 workers of 8 CPU each; the cluster has 2 CPU"
+    ):
+        launch(make_recipe("wide", strategy=DDP | wide))
     with pytest.raises(FtrayError, match=r"not finite; lower `optim\.learning_rate`"):
         launch(make_recipe("diverges", strategy=DDP | {"max_failures": 0}, optim__learning_rate=1e30))
 
@@ -78,13 +96,21 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[bytes]) -> 
         time.sleep(0.1)
 
 
-def test_kill_the_driver_and_resume(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = slow_recipe(make_recipe, "killed")
+def raylet_of(process: subprocess.Popen[bytes]) -> int:
+    children = psutil.Process(process.pid).children(recursive=True)
+    [found] = [child.pid for child in children if child.name() == "raylet"]
+    return found
+
+
+@pytest.mark.parametrize("victim", ["driver", pytest.param("raylet", marks=pytest.mark.slow)])
+def test_kill_and_resume(make_recipe: MakeRecipe, tmp_path: Path, victim: str) -> None:
+    # Workers outlive their raylet by some seconds.
+    recipe = slow_recipe(make_recipe, "killed", pause_s=0.05 if victim == "driver" else 0.4)
     folder = Path(recipe.output_dir) / recipe.name
     process = start(recipe, tmp_path)
     wait_for_step(folder, 9, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid if victim == "driver" else raylet_of(process), signal.SIGKILL)
+    assert process.wait(timeout=120) != 0
     assert max(losses(folder)) < STEPS and not (folder / "result.json").exists()
     resumed = start(recipe, tmp_path, "--resume")
     assert resumed.wait(timeout=180) == 0

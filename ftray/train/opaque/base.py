@@ -24,6 +24,7 @@ from ftray.model.build import build_structure
 from ftray.strategy.ddp import DDP
 from ftray.strategy.single import Single
 from ftray.train.io import IO
+from ftray.train.oom import explained
 from ftray.train.opaque.context import Context
 from ftray.train.run import Result
 
@@ -72,7 +73,8 @@ class OpaqueTrainer:
                 io.open(recipe, context.resume_step)
                 print(not_promised, file=sys.stderr, flush=True)
             strategy.barrier()
-            self.run(context)
+            with explained(recipe):
+                self.run(context)
             strategy.barrier()
             return _finish(recipe, io, context)
         finally:

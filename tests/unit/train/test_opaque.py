@@ -77,6 +77,11 @@ def test_a_function_of_the_users_own(
     assert result.rows["documents"] == len(rows)
 
 
+def test_out_of_memory_is_told_in_one_line(make_opaque: Any) -> None:
+    with pytest.raises(TrainError, match=r"^out of memory at .*in the trainer's own loop; .*need less$"):
+        go(make_opaque({"type": "train_fn", "function": "tests.own_trainer:too_large"}))
+
+
 def test_a_whole_model_is_a_delta_too(make_opaque: Any) -> None:
     result = go(make_opaque({"type": "train_fn", "function": "tests.own_trainer:whole_model"}, adapt="full"))
     assert manifest.read(result.delta).kind == "replacement"
