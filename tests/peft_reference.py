@@ -31,7 +31,10 @@ class Reference:
 
     def check(self, request: Request, output: Output) -> None:
         """Every token must be the most likely one after those before it, up to the margin."""
-        prompt, tokens = list(request.prompt_ids), output.token_ids
-        logits = self.logits(prompt + tokens[:-1], request.delta)[len(prompt) - 1 :]
+        self.check_tokens(list(request.prompt_ids), output.token_ids, request.delta)
+
+    def check_tokens(self, prompt: list[int], tokens: list[int], delta: str | None) -> None:
+        """The same for tokens alone."""
+        logits = self.logits(prompt + tokens[:-1], delta)[len(prompt) - 1 :]
         chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        assert (logits.max(-1).values - chosen <= MARGIN).all(), (request.id, request.delta)
+        assert (logits.max(-1).values - chosen <= MARGIN).all(), (delta, prompt, tokens)

@@ -100,14 +100,22 @@ def tiny_base(folder: Path, architecture: str = "llama", *, seed: int = 0, **ove
     return folder
 
 
-def random_adapter(base: Path, folder: Path, *, r: int = 4, seed: int = 1, scale: float = 0.2) -> Path:
+def random_adapter(
+    base: Path,
+    folder: Path,
+    *,
+    r: int = 4,
+    seed: int = 1,
+    scale: float = 0.2,
+    target_modules: str | list[str] = "all-linear",
+) -> Path:
     """Save a LoRA adapter made by `peft` with both factors random, so that it changes every answer."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=target_modules, task_type="CAUSAL_LM")
     peft_model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
