@@ -25,6 +25,10 @@ class Facts:
     """The base lies unchanged beneath it: with the delta off, the model is what it was before."""
 
 
+TRAINED = "default"
+"""Name of the adapter that a training run trains."""
+
+
 class Adapt(Protocol):
     """One method: one file and one line in the catalog."""
 
@@ -45,4 +49,24 @@ class Adapt(Protocol):
             folder: where to.
             base_name: how the recipe names the base.
         """
+        ...
+
+
+class Named(Adapt, Protocol):
+    """A method of which a model has several at once, by name: its deltas share a batch, and the base trains not."""
+
+    def apply(self, model: Any, seed: int, name: str = TRAINED) -> None:
+        """As of any method; what has that name already gives way."""
+        ...
+
+    def save(self, model: Any, trained: Tensors, folder: Path, base_name: str, name: str = TRAINED) -> None:
+        """As of any method."""
+        ...
+
+    def parameters(self, model: Any, name: str) -> dict[str, torch.nn.Parameter]:
+        """What trains under a name, by the names it has as `TRAINED`."""
+        ...
+
+    def remove(self, model: Any, name: str) -> None:
+        """Take what has a name out of the model."""
         ...

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
+from torch import nn
 
-from ftray.adapt.base import Facts, Tensors
+from ftray.adapt.base import TRAINED, Facts, Tensors
 from ftray.adapt.lora_experts import wrap_experts
 from ftray.adapt.lora_files import load_adapter, save_adapter, unload_adapter
 from ftray.adapt.lora_linear import LoRALinear, lora_layers, route_of, scaling_of, wrap
@@ -17,9 +18,6 @@ from ftray.core.spec import spec
 from ftray.model.select import Targets, expert_stacks
 
 __all__ = ["TRAINED", "LoRA", "LoRALinear", "load_adapter", "lora_layers", "save_adapter", "unload_adapter"]
-
-TRAINED = "default"
-"""Name of the adapter that a training run trains."""
 
 
 @spec
@@ -84,6 +82,18 @@ class LoRA:
             with torch.no_grad():
                 factor.copy_(torch.empty(factor.shape).uniform_(-bound, bound, generator=generator))
         route_of(model).active = name
+
+    def parameters(self, model: Any, name: str) -> dict[str, nn.Parameter]:
+        """Both factors of every adapted layer."""
+        return {
+            found.removesuffix(name) + TRAINED: parameter
+            for found, parameter in model.named_parameters()
+            if found.endswith((f".lora_A.{name}", f".lora_B.{name}"))
+        }
+
+    def remove(self, model: Any, name: str) -> None:
+        """Drop its factors; layers stay adaptable."""
+        unload_adapter(model, name)
 
     def _check_experts(self, model: Any) -> None:
         if self.target_parameters is None and (stacks := expert_stacks(model)):

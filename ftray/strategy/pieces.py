@@ -9,7 +9,7 @@ import dataclasses
 import json
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -213,20 +213,33 @@ def restore(
 
 
 def _restore_state(reader: Reader, parameters: Parameters, optimizers: Optimizers) -> None:
+    put_state(
+        parameters, optimizers, ((name, _read_state(reader, name, parameters)) for name in reader.shapes)
+    )
+
+
+def _read_state(reader: Reader, name: str, parameters: Parameters) -> torch.Tensor:
+    parameter = parameters[name.rpartition(SEPARATOR)[0]]
+    device = local(parameter).device
+    if reader.shapes[name] != tuple(parameter.shape):
+        return reader.read(name).to(device)
+    part = region(parameter)  # spread as the parameter is
+    value = reader.read(name, part) if 0 not in part[1] else torch.empty(part[1])
+    return with_local(parameter.detach(), value.to(device))
+
+
+def put_state(
+    parameters: Parameters, optimizers: Optimizers, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Set optimiser state, named as by `state_tensors`, to these tensors themselves."""
     owners: dict[int, list[torch.optim.Optimizer]] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 owners.setdefault(id(parameter), []).append(optimizer)
-    for name, shape in reader.shapes.items():
+    for name, tensor in tensors:
         parameter_name, _, key = name.rpartition(SEPARATOR)
         parameter = parameters[parameter_name]
         # An optimiser that shares its parameters with another names the state that is its own.
         owner = min(owners[id(parameter)], key=lambda found: key not in getattr(found, "own_keys", ()))
-        if shape == tuple(parameter.shape):  # spread as the parameter is
-            part = region(parameter)
-            value = reader.read(name, part) if 0 not in part[1] else torch.empty(part[1])
-            tensor = with_local(parameter.detach(), value.to(local(parameter).device))
-        else:
-            tensor = reader.read(name).to(local(parameter).device)
         owner.state[parameter][key] = tensor

@@ -37,6 +37,7 @@ def save_delta(
     feed: Feed,
     metrics: dict[str, float],
     state: State,
+    adapter: str | None = None,
 ) -> Path:
     """Write `run_dir/delta`: weights, tokenizer, chat template, model card and manifest; returns the folder.
 
@@ -48,10 +49,12 @@ def save_delta(
         feed: says what rows were seen.
         metrics: the last ones.
         state: where the run stands.
+        adapter: what trained, where the model has adapters of several runs.
     """
+    named = {} if adapter is None else {"name": adapter}
     final = run_dir / "delta"
     with replace_dir(final) as folder:
-        recipe.adapt.save(model, trained, folder, recipe.model.model_name_or_path)
+        recipe.adapt.save(model, trained, folder, recipe.model.model_name_or_path, **named)
         _describe(recipe, folder, feed, metrics, state)
     return final
 
@@ -72,7 +75,7 @@ def _describe(recipe: Recipe, folder: Path, feed: Feed, metrics: dict[str, float
         base=base,
         chat_template_hash=chat_template_hash(tokenizer),
         recipe=dump(recipe),
-        lineage={"data": [feed.digest], "run": recipe.name},
+        lineage={**manifest.data_lineage(feed.manifests[0]), "run": recipe.name},
         metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
     )
 

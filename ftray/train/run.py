@@ -256,7 +256,9 @@ class Run:
             if self.recipe.strategy.dp_rank == 0:
                 checkpoint = self.checkpoints.path(state.step)
                 model = self.engine.policy.model
-                delta = save_delta(self.recipe, model, trained, run_dir, self.feed, metrics, state)
+                delta = save_delta(
+                    self.recipe, model, trained, run_dir, self.feed, metrics, state, self.engine.adapter
+                )
                 plot_run(run_dir)
             collections.deque(trained, maxlen=0)  # every rank takes part in gathering what rank 0 saves
         self.profiler.close()

@@ -4,6 +4,7 @@ One plain function, run in this process, in a Ray Train worker or in a Tune acto
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import uuid
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import torch
 
 from ftray.config.recipe import Recipe
-from ftray.optim.first_order import FirstOrder
+from ftray.model.policy import Policy
+from ftray.optim.first_order import FirstOrder, StepReport, Work, step_together
+from ftray.strategy.base import Parameters
 from ftray.train.build import build_model, build_optimizers, choose_precision
 from ftray.train.checkpoint import Checkpoints, State
 from ftray.train.clock import Clock
@@ -20,6 +23,7 @@ from ftray.train.identity import run_identity
 from ftray.train.io import IO
 from ftray.train.kind import check_rows, rows_for
 from ftray.train.oom import explained
+from ftray.train.resident import Resident
 from ftray.train.roles import build_policy
 from ftray.train.run import Result, Run
 
@@ -73,10 +77,13 @@ def _train(
 
 
 def one_step(run: Run, progress: float) -> float:
-    """One optimiser step, and whatever is due after it; returns the run's new progress.
+    """One optimiser step, and whatever is due after it; returns the run's new progress."""
+    work = next_work(run, progress)
+    return after_step(run, work, step_together([work])[0])
 
-    The last step's checkpoint is taken at the end of the run, when its validation loss is known.
-    """
+
+def next_work(run: Run, progress: float) -> Work:
+    """What a run's engine is to do in its next step."""
     recipe, step = run.recipe, run.state.step
     noise = step_seed(recipe.seed, step, recipe.strategy.dp_rank)
     torch.manual_seed(noise)  # of what the base itself draws
@@ -84,10 +91,18 @@ def one_step(run: Run, progress: float) -> float:
     run.beat("rows" if recipe.data.stream else "step")  # rows that are being prepared are waited for
     batches = run.feed.batches(step)
     run.beat()
-    report = run.engine.step(batches, scale, str(noise))
+    return Work(run.engine, batches, scale, str(noise))
+
+
+def after_step(run: Run, work: Work, report: StepReport) -> float:
+    """Whatever is due after a step; returns the run's new progress.
+
+    The last step's checkpoint is taken at the end of the run, when its validation loss is known.
+    """
+    recipe = run.recipe
     if not report.applied and recipe.train.nan_policy != "skip":
         return run.not_finite(report)
-    progress = run.advance(report, recipe.optim.learning_rate * scale)
+    progress = run.advance(report, recipe.optim.learning_rate * work.scale)
     validates = due(run.state.step, recipe.train.eval_steps) and progress < 1
     if validates:
         run.validate()
@@ -108,6 +123,16 @@ def begin(
     stop_at: int | None = None,
 ) -> Run:
     """Everything a run needs before its first step, restored from its newest checkpoint or from `start_from`."""
+    feed = open_feed(recipe, io)
+    model = build_model(recipe)
+    trained = Trained(
+        build_policy(recipe, model), {name: p for name, p in model.named_parameters() if p.requires_grad}
+    )
+    return assemble(recipe, io, feed, trained, start_from, accept_changed_data, stop_at)
+
+
+def open_feed(recipe: Recipe, io: IO) -> Feed:
+    """The rows of a run, whose folder is this process's own from here on."""
     strategy, settings = recipe.strategy, recipe.train
     main = strategy.dp_rank == 0
     if main:
@@ -124,9 +149,35 @@ def begin(
     check_rows(recipe.objective, feed.manifests)
     if main:
         feed.mark_used(io.run_dir)
-    model = build_model(recipe)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizers = strategy.attach(model, build_optimizers(recipe, parameters))
+    return feed
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model, and what of it a run trains."""
+
+    policy: Policy
+    parameters: Parameters
+    """By the names they have in a run of its own."""
+    adapter: str | None = None
+    """The adapter they are, where a model has those of several runs."""
+    before: Resident | None = None
+    """What they begin with, where that is still in memory."""
+
+
+def assemble(
+    recipe: Recipe,
+    io: IO,
+    feed: Feed,
+    trained: Trained,
+    start_from: Path | None,
+    accept_changed_data: bool = False,
+    stop_at: int | None = None,
+) -> Run:
+    """A run of what is there already; see `begin`."""
+    strategy, settings, parameters = recipe.strategy, recipe.train, trained.parameters
+    main = strategy.dp_rank == 0
+    optimizers = strategy.attach(trained.policy.model, build_optimizers(recipe, parameters))
     identity = run_identity(recipe, feed.digest)
     life = strategy.share(uuid.uuid4().hex[:8])
     checkpoints = Checkpoints(
@@ -134,7 +185,9 @@ def begin(
     )
     own: Path | None = strategy.share(checkpoints.newest() if main else None)
     state = State()
-    if source := own or start_from:
+    if own is None and trained.before is not None:
+        state = trained.before.copy_to(parameters, optimizers, identity)
+    elif source := own or start_from:
         state = checkpoints.restore(
             source,
             strategy,
@@ -143,14 +196,15 @@ def begin(
             same_run=own is not None,
             accept_changed_data=accept_changed_data,
         )
-        feed.go_on(state.step, state.position)
+    feed.go_on(state.step, state.position)
     engine = FirstOrder(
-        build_policy(recipe, model),
+        trained.policy,
         recipe.objective,
         strategy,
         parameters,
         optimizers,
         max_grad_norm=settings.max_grad_norm,
+        adapter=trained.adapter,
     )
     state = choose_precision(recipe, engine, feed, state)
     if main:

@@ -1,0 +1,240 @@
+"""A population: several runs, each of an adapter of its own, over one frozen base in memory.
+
+A member is a `Run` like any other, with rows, engine, schedule, checkpoints and a delta in its own folder; only the
+passes through the model are taken together. A member that fails ends alone. What members were when they ended is
+kept for a while: whoever goes on from one of their checkpoints copies it in memory.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ftray.adapt.base import TRAINED, Named
+from ftray.config.recipe import Recipe
+from ftray.core.errors import ConfigError, FtrayError, RunStopped
+from ftray.data.store import Folder
+from ftray.model.build import move_rest
+from ftray.optim.first_order import step_together
+from ftray.train.build import build_model, surely_bf16
+from ftray.train.io import IO, Record
+from ftray.train.oom import explained
+from ftray.train.resident import Resident
+from ftray.train.roles import build_policy
+from ftray.train.run import Result, Run
+from ftray.train.share import check_member, check_same
+from ftray.train.worker import Trained, after_step, assemble, next_work, open_feed
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one member trains at a time; the fields are the arguments of `ftray.train.worker.train`."""
+
+    recipe: Recipe
+    io: IO
+    start_from: Path | None = None
+    stop_at: int | None = None
+
+
+class Population:
+    """A base in memory, and what trained over it last.
+
+    Args:
+        recipe: any member's; the base is built by what it shares with the others (`ftray.train.share`).
+
+    Raises:
+        ConfigError: if no population can be trained of it.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        check_member(recipe)
+        if recipe.train.bf16 == "auto" and not surely_bf16(recipe):
+            raise ConfigError(
+                "train.bf16: `auto` is a timing, by which members would differ; set it to true or false"
+            )
+        self.recipe = recipe
+        self._adapt: Named = recipe.adapt
+        self._model = build_model(recipe)
+        self._adapt.remove(self._model, TRAINED)
+        _check_base(self._model)
+        self._policy = build_policy(recipe, self._model)
+        self._residents: dict[Path, Resident] = {}
+
+    def train(self, parts: Sequence[Part], *, rows_per_pass: int | None = None) -> list[Result | FtrayError]:
+        """Train every part, together; returns what came of each, in order.
+
+        The ranks of a group all call it with the same parts. A run goes on from what is in its folder, as any does.
+
+        Args:
+            parts: of the members.
+            rows_per_pass: rows of all members in one forward pass, divided among those there are; None: each
+                has its `train.per_device_train_batch_size`.
+
+        Raises:
+            ConfigError: if a member differs from the others in what they share.
+            RunStopped: if the process was asked to end; checkpoints hold every step.
+        """
+        for part in parts:
+            check_same(self.recipe, part.recipe)
+        found: dict[int, Result | FtrayError] = {}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(explained(self.recipe))
+            runs: dict[int, Run] = {}
+            for place, part in enumerate(parts):
+                stack.enter_context(contextlib.closing(part.io))
+                try:
+                    runs[place] = self._begin(place, part, parts[0].io)
+                except FtrayError as error:
+                    found[place] = error
+                    continue
+                stack.callback(runs[place].checkpoints.close)
+                if rows_per_pass is not None:
+                    runs[place].feed.micro_batch_size = max(1, rows_per_pass // len(parts))
+            parts[0].io.start(self.recipe, self.recipe.strategy.dp_rank)
+            _train(runs, found)
+            self._keep(runs, found, 2 * len(parts))
+        return [found[place] for place in range(len(parts))]
+
+    def _begin(self, place: int, part: Part, lead: IO) -> Run:
+        """A member's run, its factors in the model under a name of their own."""
+        recipe, name, io = part.recipe, f"m{place:03}", _Led(part.io, lead)
+        feed = open_feed(recipe, io)
+        recipe.adapt.apply(self._model, recipe.seed, name)
+        move_rest(self._model, recipe.strategy.device)
+        parameters = recipe.adapt.parameters(self._model, name)
+        before = self._residents.get(part.start_from) if part.start_from else None
+        trained = Trained(self._policy, parameters, name, before)
+        return assemble(recipe, io, feed, trained, part.start_from, stop_at=part.stop_at)
+
+    def _keep(self, runs: Mapping[int, Run], found: Mapping[int, Result | FtrayError], most: int) -> None:
+        """Hold on to what sound members ended as, and take everybody's factors out of the model."""
+        for place, run in runs.items():
+            self._adapt.remove(self._model, f"m{place:03}")
+            if isinstance(found[place], FtrayError):
+                continue
+            checkpoints, engine = run.checkpoints, run.engine
+            path = checkpoints.path(run.state.step)
+            self._residents[path] = Resident(
+                path, engine.parameters, engine.optimizers, run.state, checkpoints.identity
+            )
+        for path in list(self._residents)[:-most]:
+            del self._residents[path]
+
+
+def _train(runs: Mapping[int, Run], found: dict[int, Result | FtrayError]) -> None:
+    """Train every run to its end; what comes of each goes into `found`."""
+    progress: dict[int, float] = {}
+    for place, run in runs.items():
+        with _alone(place, found):
+            run.start()
+            progress[place] = run.progress()
+    while active := [place for place in progress if not runs[place].is_over(progress[place])]:
+        works = [next_work(runs[place], progress[place]) for place in active]
+        for place, work, report in zip(active, works, step_together(works), strict=True):
+            with _alone(place, found):
+                progress[place] = after_step(runs[place], work, report)
+        for place in active:
+            if place in found:
+                del progress[place]
+        _heed([runs[place] for place in progress])
+    for place in progress:
+        with _alone(place, found):
+            found[place] = runs[place].finish()
+
+
+@contextlib.contextmanager
+def _alone(place: int, found: dict[int, Result | FtrayError]) -> Iterator[None]:
+    """What is wrong with one member ends that one; all ranks see the same."""
+    try:
+        yield
+    except RunStopped:
+        raise
+    except FtrayError as error:
+        found[place] = error
+
+
+def _heed(runs: Sequence[Run]) -> None:
+    """End all runs here if any rank is asked to. Raises `RunStopped` once each has a checkpoint of this step."""
+    if not runs:
+        return
+    strategy = runs[0].recipe.strategy
+    if not strategy.sum(torch.tensor([float(runs[0].io.stop_reason() is not None)])):
+        return
+    stopped = []
+    for run in runs:
+        try:
+            run.heed()
+        except RunStopped as error:
+            stopped.append(error)
+    raise stopped[0]
+
+
+def _check_base(model: nn.Module) -> None:
+    """Refuse a base of which more than adapters trains, or that draws dropout for all rows at once."""
+    trained = next((name for name, p in model.named_parameters() if p.requires_grad), None)
+    if trained is not None:
+        raise ConfigError(
+            f"objective: it trains `{trained}` besides the adapter, which members of a population cannot share; "
+            "take another objective, or search with `executor: trials`"
+        )
+    for name, module in model.named_modules():
+        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+        if isinstance(rate, float) and rate > 0:
+            raise ConfigError(
+                f"model: `{name}` of the base has dropout {rate} of its own, one draw for all members; set it to 0 "
+                "in the base's config.json, or search with `executor: trials`"
+            )
+
+
+class _Led:
+    """The surroundings of a member: a folder of its own, watched over and told to stop with the whole group.
+
+    Args:
+        io: the member's.
+        lead: the group's.
+    """
+
+    def __init__(self, io: IO, lead: IO) -> None:
+        self._io, self._lead, self.run_dir = io, lead, io.run_dir
+
+    def prepare(self, recipe: Recipe) -> tuple[Folder, Folder | None]:
+        """The member's."""
+        return self._io.prepare(recipe)
+
+    def claim(self) -> None:
+        """The member's folder."""
+        self._io.claim()
+
+    def open(self, recipe: Recipe, from_step: int) -> None:
+        """The member's folder."""
+        self._io.open(recipe, from_step)
+
+    def start(self, recipe: Recipe, rank: int) -> None:
+        """The group has been started."""
+
+    def beat(self, step: int, phase: str = "step") -> None:
+        """For the whole group."""
+        self._lead.beat(step, phase)
+
+    def stop_reason(self) -> str | None:
+        """The group's."""
+        return self._lead.stop_reason()
+
+    @property
+    def stop_signal(self) -> int | None:
+        """The group's."""
+        return self._lead.stop_signal
+
+    def log(self, record: Record) -> None:
+        """To the member's trackers."""
+        self._io.log(record)
+
+    def committed(self, record: Record) -> None:
+        """Whoever follows a group hears of its end."""
+
+    def close(self) -> None:
+        """The member's; the group is closed by whoever started it."""
+        self._io.close()

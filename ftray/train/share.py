@@ -1,0 +1,69 @@
+"""What members of a population have in common, and what may differ between them."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ftray.config.recipe import Recipe
+from ftray.core.errors import ConfigError
+from ftray.core.facts import check_facts
+from ftray.core.spec import dump
+
+SHARED = (
+    "model",
+    "strategy",
+    "adapt.type",
+    "adapt.target_modules",
+    "adapt.target_parameters",
+    "objective.teacher_model_name_or_path",
+    "train.bf16",
+    "train.gradient_checkpointing",
+)
+"""Fields that belong to the base, to the passes through it or to the group of workers."""
+
+
+class Members:
+    """The members of a population, as a piece of a recipe (`ftray.core.facts`)."""
+
+    needs: ClassVar[Mapping[str, str]] = {"local_optimizer": "steps each member by an optimiser of its own"}
+
+
+def shared_field(path: str) -> str | None:
+    """The field of `SHARED` that a dotted path of a recipe lies in, contains or is; None if members may differ."""
+    ours = (field for field in SHARED if _is_within(path, field) or _is_within(field, path))
+    return next(ours, None)
+
+
+def check_member(recipe: Recipe) -> None:
+    """Refuse a recipe of which no population can be trained. Raises `ConfigError`, one line."""
+    recipe.require_own_loop("a population")
+    facts = recipe.adapt.facts()
+    if not (facts.mixed_batch and facts.detachable):
+        raise ConfigError(
+            f"adapt: `{dump(recipe)['adapt']['type']}` trains the base that members of a population share; use "
+            "`lora`, or search with `executor: trials`"
+        )
+    check_facts({"executor": Members(), "strategy": recipe.strategy})
+    if recipe.train.profile_steps is not None:
+        raise ConfigError("train.profile_steps: one trace a process; remove it for a population")
+
+
+def check_same(first: Recipe, other: Recipe) -> None:
+    """Refuse a member that differs from another in what they share. Raises `ConfigError`, one line."""
+    trees = dump(first), dump(other)
+    for field in SHARED:
+        one, two = (_at(tree, field) for tree in trees)
+        if one != two:
+            raise ConfigError(
+                f"{field}: members of a population share it, but one has {one!r} and another {two!r}; give all the "
+                "same, or search with `executor: trials`"
+            )
+
+
+def _at(tree: Any, field: str) -> Any:
+    for key in field.split("."):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _is_within(path: str, field: str) -> bool:
+    return path == field or path.startswith(field + ".")

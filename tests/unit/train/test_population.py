@@ -1,0 +1,164 @@
+"""Runs over one base in memory: each is its run alone, whoever else is there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ftray.config.recipe import Recipe
+from ftray.core.errors import ConfigError, FtrayError, TrainError
+from ftray.testing.tiny import tiny_base as make_base
+from ftray.train.io import LocalIO
+from ftray.train.population import Part, Population
+from ftray.train.run import Result
+from ftray.train.worker import train
+from tests.recipes import MakeRecipe
+
+MEMBERS: list[dict[str, Any]] = [
+    {"adapt__r": 4, "optim__learning_rate": 1e-2},
+    {"adapt__r": 8, "optim__learning_rate": 3e-3, "adapt__lora_dropout": 0.2, "seed": 1},
+    {"adapt__r": 2, "optim__weight_decay": 0.3, "train__max_grad_norm": 0.1, "lr_scheduler": "cosine"},
+    {"train__global_batch_size": 3, "adapt__use_rslora": True, "seed": 2},
+    {"data__max_length": 64, "train__ema_decay": 0.5, "optim__adam_beta2": 0.9},
+    {"optim": {"type": "torch", "optimizer": "SGD", "learning_rate": 0.1, "settings": {"momentum": 0.9}}},
+    {"objective": "sft", "adapt__lora_alpha": 8.0, "train__per_device_train_batch_size": 4},
+    {"lr_scheduler": {"type": "linear", "warmup_steps": 2}, "seed": 3, "adapt__lora_dropout": 0.1},
+]
+
+
+def recipes(make: MakeRecipe, count: int, prefix: str, **changes: Any) -> list[Recipe]:
+    return [make(f"{prefix}{n}", **MEMBERS[n % len(MEMBERS)] | changes) for n in range(count)]
+
+
+def parts_of(made: list[Recipe], folder: Path, **settings: Any) -> list[Part]:
+    return [Part(recipe, LocalIO(folder / recipe.name), **settings) for recipe in made]
+
+
+def sound(found: list[Result | FtrayError]) -> list[Result]:
+    assert all(isinstance(result, Result) for result in found), found
+    return found  # type: ignore[return-value]
+
+
+def delta_of(result: Result) -> dict[str, torch.Tensor]:
+    assert result.delta is not None
+    return load_file(result.delta / "adapter_model.safetensors")
+
+
+def largest_difference(one: Result, other: Result) -> float:
+    ours, theirs = delta_of(one), delta_of(other)
+    assert ours.keys() == theirs.keys()
+    return max(float((tensor - theirs[name]).abs().max()) for name, tensor in ours.items())
+
+
+def losses(result: Result) -> list[float]:
+    lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if not record.get("final")]
+
+
+def test_each_member_is_its_run_alone(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """With others of other ranks, rates, clips, schedules, batches, lengths, seeds and optimisers, however many."""
+    made = recipes(make_recipe, 8, "m", train__max_steps=4)
+    alone = [train(recipe, LocalIO(tmp_path / "alone" / recipe.name)) for recipe in made]
+    for count in (2, 4, 8):
+        found = sound(Population(made[0]).train(parts_of(made[:count], tmp_path / str(count))))
+        for result, other in zip(found, alone, strict=False):
+            assert losses(result) == pytest.approx(losses(other), rel=1e-5)
+            assert result.metrics == pytest.approx(other.metrics, rel=1e-5)
+            assert (result.step, result.tokens, result.rows) == (other.step, other.tokens, other.rows)
+            assert largest_difference(result, other) < 1e-5
+
+
+def test_whoever_goes_on_from_a_donor_in_memory_is_as_from_its_checkpoint(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """Weights, moments, data position and dropout of the donor, with another rate; also for one that took over."""
+    made = recipes(make_recipe, 3, "m", optim__learning_rate=1e-2)
+    population = Population(made[0])
+    first = sound(population.train(parts_of(made, tmp_path / "first", stop_at=3)))
+    heirs = [
+        make_recipe("own", **MEMBERS[0] | {"optim__learning_rate": 1e-2}),
+        make_recipe("taken", **MEMBERS[1] | {"optim__learning_rate": 2e-2}),
+        make_recipe("also", **MEMBERS[1] | {"optim__learning_rate": 5e-3}),
+    ]
+    donors = [first[0].checkpoint, first[1].checkpoint, first[1].checkpoint]
+
+    def second(owner: Population, folder: Path) -> list[Result]:
+        pairs = zip(heirs, donors, strict=True)
+        return sound(owner.train([Part(recipe, LocalIO(folder / recipe.name), c) for recipe, c in pairs]))
+
+    in_memory = second(population, tmp_path / "memory")
+    from_files = second(Population(made[0]), tmp_path / "files")
+    for recipe, donor, one, other in zip(heirs, donors, in_memory, from_files, strict=True):
+        alone = train(recipe, LocalIO(tmp_path / "alone" / recipe.name), start_from=donor)
+        assert largest_difference(one, other) == 0
+        assert largest_difference(one, alone) < 1e-5
+        assert (one.step, one.tokens) == (alone.step, alone.tokens) == (6, other.tokens)
+    assert largest_difference(in_memory[1], in_memory[2]) > 1e-4
+
+
+def test_room_in_a_pass_is_shared_by_those_there_are(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Fewer members have more rows each in a pass; the numbers stay."""
+    made = recipes(make_recipe, 3, "m")[:1]
+    population, seen = Population(made[0]), []
+    trunk = population._model.base_model
+    trunk.register_forward_pre_hook(
+        lambda m, a, kwargs: seen.append(len(kwargs["cu_seq_lens_q"])), with_kwargs=True
+    )
+    results = []
+    for number, rows in enumerate((1, 2, 4)):
+        seen.clear()
+        (result,) = sound(
+            population.train(parts_of(made, tmp_path / str(number), stop_at=1), rows_per_pass=rows)
+        )
+        results.append((result, len(seen)))
+    passes = [count for _, count in results]
+    assert passes[0] > passes[1] > passes[2]
+    assert all(largest_difference(results[0][0], other) < 1e-5 for other, _ in results[1:])
+
+
+def test_a_run_goes_on_from_what_is_in_its_folder(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """One member has been trained before, one half, one not at all; alone or in a population is the same."""
+    made = recipes(make_recipe, 3, "m")
+    train(made[0], LocalIO(tmp_path / "m0"))
+    train(made[1], LocalIO(tmp_path / "m1"), stop_at=2)
+    found = sound(Population(made[0]).train(parts_of(made, tmp_path)))
+    for recipe, result in zip(made, found, strict=True):
+        alone = train(recipe, LocalIO(tmp_path / "alone" / recipe.name))
+        assert largest_difference(result, alone) < 1e-5
+    go_on = train(made[2], LocalIO(tmp_path / "m2"))
+    assert go_on.step == 6 and largest_difference(go_on, found[2]) == 0
+
+
+def test_what_is_wrong_with_one_member_ends_that_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    made = recipes(make_recipe, 2, "m")
+    bad = make_recipe("bad", optim__learning_rate=1e30)
+    rows = make_recipe("rows", objective="dpo")
+    found = Population(made[0]).train(parts_of([made[0], bad, rows, made[1]], tmp_path / "together"))
+    assert isinstance(found[1], TrainError) and "not finite" in str(found[1])
+    assert isinstance(found[2], FtrayError) and "preference rows" in str(found[2])
+    for recipe, result in ((made[0], found[0]), (made[1], found[3])):
+        assert isinstance(result, Result)
+        assert largest_difference(result, train(recipe, LocalIO(tmp_path / recipe.name))) < 1e-5
+
+
+def test_what_members_cannot_differ_in_is_told_in_one_line(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    refused = {
+        "`full` trains the base": make_recipe(adapt="full"),
+        "`auto` is a timing": make_recipe(train__bf16="auto"),
+        "steps each member by an optimiser of its own": make_recipe(strategy="deepspeed"),
+        "one trace a process": make_recipe(train__profile_steps=1),
+        "trains `score.weight`": make_recipe(objective="reward"),
+        "dropout 0.1": make_recipe(
+            model__model_name_or_path=str(make_base(tmp_path / "gpt2", "gpt2", resid_pdrop=0.1))
+        ),
+    }
+    for words, recipe in refused.items():
+        with pytest.raises(ConfigError) as caught:
+            Population(recipe)
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+    one, other = make_recipe("one"), make_recipe("other", train__gradient_checkpointing=True)
+    with pytest.raises(ConfigError, match=r"train.gradient_checkpointing: .* one has False and another True"):
+        Population(one).train(parts_of([one, other], tmp_path))
