@@ -31,6 +31,24 @@ class Cluster:
     gcs: str
     token: str
     env: dict[str, str]
+    folder: Path
+
+    @contextlib.contextmanager
+    def node(self, address: str, num_cpus: int) -> Iterator[subprocess.Popen[bytes]]:
+        """One more node, at another address of the loopback interface, until the block ends."""
+        first, second, third = free_ports(3)
+        started = _start(
+            self.folder,
+            self.env,
+            f"--address={self.gcs}",
+            f"--num-cpus={num_cpus}",
+            f"--node-ip-address={address}",
+            *_agent_ports(first, second, third),
+        )
+        try:
+            yield started
+        finally:
+            _end([started])
 
     def ftray(self, *words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
         command = [str(BIN / "ftray"), *words, "--address", self.address]
@@ -59,8 +77,19 @@ def _start(folder: Path, env: dict[str, str], *options: str) -> subprocess.Popen
     return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
 
 
+def _agent_ports(listen: int, grpc: int, runtime_env: int) -> tuple[str, ...]:
+    return (
+        f"--dashboard-agent-listen-port={listen}",
+        f"--dashboard-agent-grpc-port={grpc}",
+        f"--runtime-env-agent-port={runtime_env}",
+    )
+
+
 def _end(started: list[subprocess.Popen[bytes]]) -> None:
-    mine = [child for process in started for child in psutil.Process(process.pid).children(recursive=True)]
+    mine = []
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            mine += psutil.Process(process.pid).children(recursive=True)
     for process in reversed(started):
         process.send_signal(signal.SIGTERM)
     for process in started:
@@ -101,14 +130,7 @@ def two_nodes() -> Iterator[Cluster]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
     }
-    ports = [
-        (
-            f"--dashboard-agent-listen-port={first}",
-            f"--dashboard-agent-grpc-port={second}",
-            f"--runtime-env-agent-port={third}",
-        )
-        for first, second, third in (agents[:3], agents[3:])
-    ]
+    ports = [_agent_ports(*agents[:3]), _agent_ports(*agents[3:])]
     started: list[subprocess.Popen[bytes]] = []
     try:
         started.append(
@@ -139,7 +161,7 @@ def two_nodes() -> Iterator[Cluster]:
             )
         )
         _wait_for(address, token_file.read_text(), 2)
-        yield Cluster(address, f"{HEAD}:{gcs}", token_file.read_text(), env)
+        yield Cluster(address, f"{HEAD}:{gcs}", token_file.read_text(), env, folder)
     finally:
         _end(started)
         shutil.rmtree(folder, ignore_errors=True)
