@@ -1,0 +1,155 @@
+"""Tenants share computed tokens by weight, whatever one of them asks for."""
+
+import pytest
+
+from ftray.engine.api import Request, Sampling
+from ftray.engine.scheduler import Scheduler
+
+
+class Endpoint:
+    """A scheduler whose steps take no time and whose tenants always have so many requests waiting."""
+
+    def __init__(self, waiting: dict[str, int], weights: dict[str, float], **sizes: int) -> None:
+        self.scheduler = Scheduler(
+            **{
+                "max_num_seqs": 8,
+                "max_batch_tokens": 64,
+                "num_blocks": 400,
+                "block_size": 4,
+                "max_length": 400,
+            }
+            | sizes
+        )
+        self.waiting, self.weights = waiting, weights
+        self.computed = dict.fromkeys(waiting, 0)
+        self.reached: dict[str, int] = {}
+        self.asked = 0
+
+    def refill(self) -> None:
+        live = [seq.request.tenant for seq in self.scheduler.sequences()]
+        for tenant, count in self.waiting.items():
+            for _ in range(count - live.count(tenant)):
+                self.ask(tenant)
+
+    def ask(self, tenant: str) -> str:
+        self.asked += 1
+        # The flood's requests are long in every way.
+        prompt, new = (40, 60) if tenant == "flood" else (10, 20)
+        self.scheduler.add(
+            Request(
+                id=str(self.asked),
+                prompt_ids=[7] * prompt,
+                sampling=Sampling(max_tokens=new),
+                tenant=tenant,
+                weight=self.weights.get(tenant, 1.0),
+            )
+        )
+        return str(self.asked)
+
+    def step(self) -> list[str]:
+        """Returns the requests that got a token."""
+        rows = self.scheduler.schedule()
+        self.scheduler.advance(rows)
+        gained = []
+        for row in rows:
+            # What is computed again after a preemption serves nobody.
+            done = self.reached.get(row.seq.request.id, 0)
+            self.reached[row.seq.request.id] = max(done, row.seq.computed)
+            self.computed[row.seq.request.tenant] += max(0, row.seq.computed - done)
+            if row.seq.computed == len(row.seq.tokens):
+                gained.append(row.seq.request.id)
+                row.seq.tokens.append(0)
+                if row.seq.num_generated >= row.seq.request.sampling.max_tokens:
+                    self.scheduler.finish(row.seq)
+        return gained
+
+    def run(self, steps: int) -> dict[str, float]:
+        """Each tenant's share of the tokens computed."""
+        for _ in range(steps):
+            self.refill()
+            self.step()
+        total = sum(self.computed.values())
+        return {tenant: count / total for tenant, count in self.computed.items()}
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"), [({}, 0.5), ({"victim": 3.0}, 0.75), ({"flood": 3.0}, 0.25)]
+)
+@pytest.mark.parametrize("num_blocks", [400, 80])
+def test_a_flood_of_32_to_1_leaves_the_victim_its_share(
+    weights: dict[str, float], expected: float, num_blocks: int
+) -> None:
+    endpoint = Endpoint({"flood": 256, "victim": 8}, weights, num_blocks=num_blocks)
+    share = endpoint.run(3000)["victim"]
+    assert abs(share - expected) <= 0.1 * expected
+
+
+def test_shares_of_many_tenants_follow_their_weights() -> None:
+    weights = {"a": 1.0, "b": 2.0, "c": 4.0}
+    shares = Endpoint(dict.fromkeys(weights, 16), weights).run(4000)
+    for tenant, weight in weights.items():
+        assert abs(shares[tenant] - weight / 7) <= 0.1 * weight / 7
+
+
+def test_idling_saves_nothing_up() -> None:
+    endpoint = Endpoint({"early": 16, "late": 0}, {})
+    endpoint.run(1000)
+    endpoint.waiting["late"] = 16
+    endpoint.computed = dict.fromkeys(endpoint.computed, 0)
+    assert abs(endpoint.run(1500)["late"] - 0.5) <= 0.05
+
+
+def test_leaving_for_a_moment_does_not_clear_a_debt() -> None:
+    """A tenant that was served while another waited for rows does not start level by cancelling everything."""
+    endpoint = Endpoint({"flood": 64, "victim": 8}, {})
+    endpoint.run(200)
+    before = endpoint.scheduler.shares.served("flood")
+    for seq in [seq for seq in endpoint.scheduler.sequences() if seq.request.tenant == "flood"]:
+        endpoint.scheduler.finish(seq)
+    endpoint.ask("flood")
+    assert endpoint.scheduler.shares.served("flood") >= min(
+        before, endpoint.scheduler.shares.served("victim")
+    )
+
+
+def test_accounts_of_those_who_left_are_forgotten() -> None:
+    endpoint = Endpoint({}, {})
+    for number in range(500):
+        endpoint.computed[f"t{number}"] = 0
+        endpoint.ask(f"t{number}")
+        while endpoint.scheduler.sequences():
+            endpoint.step()
+    assert not endpoint.scheduler.shares._accounts
+
+
+def test_a_lone_request_beside_a_flood_is_next_when_a_row_is_free() -> None:
+    endpoint = Endpoint({"flood": 256, "victim": 0}, {})
+    endpoint.run(400)
+    waits = []
+    for _ in range(20):
+        name, steps = endpoint.ask("victim"), 0
+        while name not in endpoint.step():
+            endpoint.refill()
+            steps += 1
+        waits.append(steps)
+    # Eight rows of 60 tokens end about every eighth step, and its prompt is one chunk.
+    assert sorted(waits)[len(waits) // 2] <= 60 // 8 * 2 + 2
+
+
+def test_priority_orders_within_a_tenant_and_not_beyond() -> None:
+    scheduler = Scheduler(max_num_seqs=1, max_batch_tokens=64, num_blocks=64, block_size=4, max_length=100)
+
+    def add(name: str, tenant: str, priority: int) -> None:
+        sampling = Sampling(max_tokens=1)
+        request = Request(id=name, prompt_ids=[7] * 10, sampling=sampling, tenant=tenant, priority=priority)
+        scheduler.add(request)
+
+    for name, tenant, priority in [("a0", "a", 0), ("a-9", "a", -9), ("b5", "b", 5), ("a1", "a", 1)]:
+        add(name, tenant, priority)
+    order = []
+    while scheduler.sequences():
+        (row,) = scheduler.schedule()
+        scheduler.advance([row])
+        order.append(row.seq.request.id)
+        scheduler.finish(row.seq)
+    assert order == ["a-9", "b5", "a0", "a1"]
