@@ -11,7 +11,7 @@ def command(
     output: Annotated[Path, typer.Argument(help="Where the answers go, in the order of the rows.")],
     base: Annotated[str, typer.Option(help="Folder or Hub id of the base model.")],
     delta: Annotated[str, typer.Option(help="Delta folder, or `name@version` of the registry.")] = "",
-    registry: Annotated[Path, typer.Option(help="Folder of the registry.")] = Path("registry"),
+    registry: Annotated[str, typer.Option(help="Folder or URL of the registry.")] = "registry",
     engine: Annotated[str, typer.Option(help="Engine, as in a serve file (YAML).")] = "torch",
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: the most likely token.")] = 0.0,

@@ -1,13 +1,14 @@
 """`ftray list`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ftray.cli.promote import RegistryRoot
+
 
 def command(
-    registry: Annotated[Path, typer.Option(help="Folder of the registry.")] = Path("registry"),
+    registry: RegistryRoot = "registry",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line.")] = False,
 ) -> None:
     """List what the registry holds."""
@@ -16,7 +17,7 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
-    from ftray.registry.local import Registry
+    from ftray.registry.registry import Registry
 
     entries = Registry(registry).list()
     if as_json:

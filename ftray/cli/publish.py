@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ftray.cli.promote import RegistryRoot
+
 
 def command(
     folder: Annotated[
@@ -15,7 +17,7 @@ def command(
         typer.Argument(help="A delta folder, the run directory that holds `delta/`, or a PEFT adapter."),
     ],
     name: Annotated[str, typer.Argument(help="Name to publish it under.")],
-    registry: Annotated[Path, typer.Option(help="Folder of the registry.")] = Path("registry"),
+    registry: RegistryRoot = "registry",
     base: Annotated[
         str, typer.Option(help="Folder or Hub id of its base; needed for an adapter saved by plain PEFT.")
     ] = "",
@@ -26,7 +28,7 @@ def command(
     import json
 
     from ftray.delta.manifest import MANIFEST
-    from ftray.registry.local import Registry
+    from ftray.registry.registry import Registry
 
     if not (folder / MANIFEST).is_file() and (folder / "delta" / MANIFEST).is_file():
         folder = folder / "delta"

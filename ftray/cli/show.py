@@ -1,9 +1,10 @@
 """`ftray show`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ftray.cli.promote import RegistryRoot
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 def command(
     ref: Annotated[str, typer.Argument(help="`name`, `name@3` or `name@alias`.")],
-    registry: Annotated[Path, typer.Option(help="Folder of the registry.")] = Path("registry"),
+    registry: RegistryRoot = "registry",
     verify: Annotated[bool, typer.Option(help="Check every file against its digest.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -22,7 +23,7 @@ def command(
 
     from rich.console import Console
 
-    from ftray.registry.local import Registry
+    from ftray.registry.registry import Registry
 
     store = Registry(registry)
     entry = store.resolve(ref) if verify else store.show(ref)

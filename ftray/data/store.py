@@ -89,20 +89,22 @@ def split_folder(folder: Folder) -> tuple[Folder, str]:
 
 
 @contextlib.contextmanager
-def remote_errors(where: Folder, what: str = "cannot be read") -> Iterator[None]:
+def remote_errors(
+    where: Folder, what: str = "cannot be read", error: type[FtrayError] = DataError
+) -> Iterator[None]:
     """Turns whatever a client of a remote store raises, of kinds of its own, into one line.
 
     Raises:
-        FileNotFoundError: as it is.
-        DataError: for anything else.
+        FileNotFoundError, FileExistsError: as they are.
+        error: for anything else.
     """
     try:
         yield
-    except (FtrayError, FileNotFoundError):
+    except (FtrayError, FileNotFoundError, FileExistsError):
         raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{where}: {what} ({reason}); check the URL, your access and the network") from error
+    except Exception as cause:
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise error(f"{where}: {what} ({reason}); check the URL, your access and the network") from cause
 
 
 class LocalStore:

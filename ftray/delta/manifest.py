@@ -5,6 +5,7 @@ weights), so other tools load it without ftray; the manifest adds which base it 
 and the digest of every file.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,8 @@ class Lineage:
 
     data: list[str] = Field(default_factory=list)
     """Digests of the data manifests it was trained on."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Source files of that data -> their digests."""
     parents: list[str] = Field(default_factory=list)
     """References (`name@3`) or digests of the deltas it was made from."""
     run: str = ""
@@ -69,6 +72,8 @@ class Delta:
     """The resolved recipe of the run."""
     lineage: Lineage = Field(default_factory=Lineage)
     """Data, parents and run."""
+    derivation: dict[str, Any] = Field(default_factory=dict)
+    """How it was computed from its parents, where it was not trained: method, settings, errors by tensor."""
     metrics: dict[str, float] = Field(default_factory=dict)
     """Measurements taken on it."""
     files: dict[str, str] = Field(default_factory=dict)
@@ -85,6 +90,12 @@ class Delta:
                 "files": self.files,
             }
         )
+
+
+def data_lineage(data_manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a data manifest adds to the `Lineage` of what is trained on it."""
+    sources = {source["file"]: source["digest"] for source in data_manifest["sources"]}
+    return {"data": [data_manifest["digest"]], "sources": sources}
 
 
 def write(folder: Path | str, **fields: Any) -> Delta:

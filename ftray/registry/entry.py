@@ -15,12 +15,15 @@ class Entry:
     name: str
     version: int
     path: Path
-    """Folder of the version; plain `peft` (or Transformers) loads it."""
+    """Folder of the version; plain `peft` (or Transformers) loads it. Of a remote registry it is a local
+    copy, whole if the entry was resolved."""
     delta: Delta
     digest: str
     """`delta.digest`: the identity of what answers."""
     published_at: str
     """Time of publication, UTC, ISO 8601."""
+    size_bytes: int
+    """Size of its files."""
     aliases: tuple[str, ...] = ()
     """Aliases that point here now."""
 
@@ -35,6 +38,7 @@ class Entry:
             "ref": self.ref,
             "digest": self.digest,
             "published_at": self.published_at,
+            "size_bytes": self.size_bytes,
             "aliases": list(self.aliases),
             "path": str(self.path),
             **dump(self.delta),

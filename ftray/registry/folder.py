@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.core.errors import RegistryError
-from ftray.core.fs import fsync_path, move_new, naming, read_json, write_new_json
+from ftray.core.fs import fsync_path, lock_file, move_new, naming, read_json, write_new_json
 
 _STALE_AFTER_S = 24 * 3600.0
 _HIDDEN = ".gone-"
@@ -39,11 +39,16 @@ class FolderShelf:
         names = (path.name for path in folder.iterdir() if _is_real_dir(path)) if folder.is_dir() else ()
         return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
+    def hidden(self, name: str) -> list[int]:
+        """Numbers of the folders that are being removed."""
+        folder = self._folder(name, "versions")
+        return sorted(int(path.name.removeprefix(_HIDDEN)) for path in folder.glob(f"{_HIDDEN}[0-9]*"))
+
     @contextlib.contextmanager
     def staging(self, name: str) -> Iterator[Path]:
         """A folder beside the versions, on the same disk."""
         folder = self._made(name, "versions")
-        _sweep(self.root / name)
+        self.sweep(name)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder, ignore_cleanup_errors=True) as tmp:
             staged = Path(tmp) / "version"
             staged.mkdir()
@@ -76,6 +81,24 @@ class FolderShelf:
     def remove_hidden(self, name: str, version: int) -> None:
         """Delete the folder."""
         shutil.rmtree(self._hidden(name, version), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Hold a lock that ends with the process."""
+        lock = lock_file(self.root / ".collecting", wait_s=0.0)
+        if lock is None:
+            raise RegistryError(f"{self.root}: another collection is at work; wait for it")
+        with lock:
+            yield
+
+    def sweep(self, name: str) -> None:
+        """Remove temporary folders and files of a day ago."""
+        for path in (self.root / name).glob("*/.tmp-*"):
+            try:
+                if time.time() - path.lstat().st_mtime > _STALE_AFTER_S:
+                    shutil.rmtree(path) if _is_real_dir(path) else path.unlink()
+            except FileNotFoundError:  # another publisher sweeps too
+                continue
 
     def states(self, name: str) -> list[int]:
         """Numbers of the state files."""
@@ -125,13 +148,3 @@ class FolderShelf:
 
 def _is_real_dir(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what publishers of a name that were killed left behind, once it is too old to be at work."""
-    for path in folder.glob("*/.tmp-*"):
-        try:
-            if time.time() - path.lstat().st_mtime > _STALE_AFTER_S:
-                shutil.rmtree(path) if _is_real_dir(path) else path.unlink()
-        except FileNotFoundError:  # another publisher sweeps too
-            continue

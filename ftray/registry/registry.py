@@ -4,6 +4,7 @@ import builtins
 import difflib
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ftray.core.errors import FtrayError, RegistryError
 from ftray.core.fs import digest_file, read_json
 from ftray.core.spec import dump, parse
 from ftray.core.types import is_name
+from ftray.data.store import is_url
 from ftray.delta import manifest
 from ftray.registry import stage, state
 from ftray.registry.entry import Entry
@@ -26,18 +28,21 @@ Stamp = tuple[int, int]
 DEFAULT_ALIAS = "prod"
 
 _MAX_VERSION = 999_999
+_REQUESTS = 16
+"""Requests at once to a remote store."""
 
 
 class Registry:
     """Published deltas. Any number of processes may use it at once.
 
     Args:
-        root: a folder.
+        root: a folder, or a URL that fsspec opens (`s3://`, `gs://`, `memory://`).
     """
 
     def __init__(self, root: Path | str) -> None:
-        self.root = Path(root)
-        self._shelf: Shelf = FolderShelf(self.root)
+        text = str(root).removeprefix("file://")
+        self.root: Path | str = text.rstrip("/") if is_url(text) else Path(text).expanduser()
+        self.shelf = _open_shelf(self.root)
 
     def publish(
         self,
@@ -65,7 +70,7 @@ class Registry:
         check_name(name)
         wanted = [check_alias(alias) for alias in aliases]
         stage.check_source(folder)
-        with self._shelf.staging(name) as staged:
+        with self.shelf.staging(name) as staged:
             stage.fill(staged, folder, name, metrics or {}, lineage or {})
             version = self._commit(staged, name)
         if wanted:
@@ -97,11 +102,11 @@ class Registry:
 
     def names(self) -> builtins.list[str]:
         """Names with at least one version, sorted."""
-        return sorted(name for name in self._shelf.names() if is_name(name) and self.versions(name))
+        return sorted(name for name in self.shelf.names() if is_name(name) and self.versions(name))
 
     def versions(self, name: str) -> builtins.list[int]:
         """Committed versions of a name, ascending; empty if there is none."""
-        return self._shelf.versions(check_name(name))
+        return self.shelf.versions(check_name(name))
 
     def aliases(self, name: str) -> dict[str, int]:
         """Aliases of a name and the versions they point at, all of one moment."""
@@ -113,7 +118,11 @@ class Registry:
         No file is read, only folders are listed. While a name's stamp stays equal, so does what every reference
         to it means.
         """
-        return {name: self._stamp(check_name(name)) for name in names}
+        wanted = [check_name(name) for name in names]
+        if isinstance(self.root, Path) or len(wanted) < 2:
+            return {name: self._stamp(name) for name in wanted}
+        with ThreadPoolExecutor(_REQUESTS, "ftray-registry") as pool:
+            return dict(zip(wanted, pool.map(self._stamp, wanted), strict=True))
 
     def alias(self, name: str, alias: str, version: int) -> None:
         """Point an alias at a version, atomically; raises `RegistryError` if there is no such version."""
@@ -149,7 +158,7 @@ class Registry:
 
     def history(self, name: str) -> builtins.list[NameState]:
         """Every state of a name, oldest first: what was changed when."""
-        return [self._read_state(name, number) for number in self._shelf.states(check_name(name))]
+        return [self._read_state(name, number) for number in self.shelf.states(check_name(name))]
 
     def pin(self, ref: str, reason: str = "") -> Entry:
         """Keep a version from garbage collection until `unpin`."""
@@ -169,7 +178,7 @@ class Registry:
         while version <= _MAX_VERSION:
             stage.write_record(staged, name, version)
             try:
-                self._shelf.commit(staged, name, version)
+                self.shelf.commit(staged, name, version)
             except FileExistsError:
                 version += 1
             else:
@@ -184,7 +193,7 @@ class Registry:
             if new is now:
                 return now
             try:
-                self._shelf.add_state(name, number + 1, dump(new))
+                self.shelf.add_state(name, number + 1, dump(new))
             except FileExistsError:
                 continue
             # Collection hides a version and then looks for references; we refer and then look. One of us sees it.
@@ -194,17 +203,17 @@ class Registry:
             return new
 
     def _state(self, name: str) -> tuple[int, NameState]:
-        number = max(self._shelf.states(name), default=0)
+        number = max(self.shelf.states(name), default=0)
         return number, self._read_state(name, number) if number else NameState()
 
     def _read_state(self, name: str, number: int) -> NameState:
         try:
-            return parse(NameState, self._shelf.read_state(name, number), where=f"{name}: state {number}")
+            return parse(NameState, self.shelf.read_state(name, number), where=f"{name}: state {number}")
         except FtrayError as error:
             raise RegistryError(f"{name}: its aliases cannot be read: {error}") from None
 
     def _stamp(self, name: str) -> Stamp:
-        return self._newest(name), max(self._shelf.states(name), default=0)
+        return self._newest(name), max(self.shelf.states(name), default=0)
 
     def _find(self, ref: str) -> tuple[str, int]:
         parsed = parse_ref(ref)
@@ -224,18 +233,18 @@ class Registry:
     def _entry(self, name: str, version: int, *, verify: bool) -> Entry:
         path: Path | None = None
         try:
-            path = self._shelf.open(name, version, whole=verify)
+            path = self.shelf.open(name, version, whole=verify)
             record = read_json(path / VERSION_FILE)
             delta = manifest.read(path, verify, beside=stage.BESIDE)
             if record["manifest"] != digest_file(path / manifest.MANIFEST):
                 raise RegistryError(f"{path / manifest.MANIFEST}: its content is not what was published")
-            published_at = str(record["published_at"])
+            published_at, size_bytes = str(record["published_at"]), int(record["size_bytes"])
         except (FtrayError, OSError, KeyError, TypeError) as error:
             known = isinstance(error, FtrayError)
             problem = str(error) if known else f"{path or name}/{VERSION_FILE}: not readable ({error!r})"
             raise RegistryError(f"{name}@{version} is damaged: {problem}") from None
         aliases = tuple(alias for alias, target in self.aliases(name).items() if target == version)
-        return Entry(name, version, path, delta, delta.digest, published_at, aliases)
+        return Entry(name, version, path, delta, delta.digest, published_at, size_bytes, aliases)
 
     def _newest(self, name: str) -> int:
         return max(self.versions(name), default=0)
@@ -250,6 +259,15 @@ class Registry:
         if version not in (known := self.versions(name)):
             shown = ", ".join(str(number) for number in known[-5:])
             raise RegistryError(f"{name}@{version}: no such version; the newest are: {shown}")
+
+
+def _open_shelf(root: Path | str) -> Shelf:
+    if isinstance(root, Path):
+        return FolderShelf(root)
+    from ftray.registry.copies import Copies
+    from ftray.registry.url import UrlShelf
+
+    return UrlShelf(root, Copies(root))
 
 
 def _near(word: str, known: Iterable[str], what: str) -> str:

@@ -23,6 +23,10 @@ class Shelf(Protocol):
         """Committed versions of a name, ascending."""
         ...
 
+    def hidden(self, name: str) -> list[int]:
+        """Versions that are being removed."""
+        ...
+
     def staging(self, name: str) -> contextlib.AbstractContextManager[Path]:
         """An empty local folder in which a version is made; it is gone after the block."""
         ...
@@ -49,6 +53,14 @@ class Shelf(Protocol):
 
     def remove_hidden(self, name: str, version: int) -> None:
         """Remove a hidden version for good."""
+        ...
+
+    def collecting(self) -> contextlib.AbstractContextManager[None]:
+        """Held while versions are collected. Raises `RegistryError` if another process does so."""
+        ...
+
+    def sweep(self, name: str) -> None:
+        """Remove what publishers of a name that were killed left behind, once it is too old to be at work."""
         ...
 
     def states(self, name: str) -> list[int]:

@@ -45,11 +45,13 @@ def fill(
 
 def write_record(staged: Path, name: str, version: int) -> None:
     """Write what the registry says of a version beside its files."""
+    (staged / VERSION_FILE).unlink(missing_ok=True)
     record = {
         "name": name,
         "version": version,
         "published_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "manifest": digest_file(staged / manifest.MANIFEST),
+        "size_bytes": sum(path.stat().st_size for path in staged.rglob("*") if path.is_file()),
     }
     write_json(staged / VERSION_FILE, record)
 

@@ -20,6 +20,7 @@ from ftray.core.fs import replace_dir, write_json
 from ftray.core.spec import dump
 from ftray.core.types import finite
 from ftray.delta.adopt import adopt, adopt_model
+from ftray.delta.manifest import data_lineage
 from ftray.model.build import build_structure
 from ftray.strategy.ddp import DDP
 from ftray.strategy.single import Single
@@ -101,9 +102,11 @@ def _finish(recipe: Recipe, io: IO, context: Context) -> Result:
 
 def _adopt(recipe: Recipe, context: Context, delta: Path, metrics: dict[str, float]) -> None:
     """Turn what the trainer left into the run's delta."""
+    rows = context.raw("train")
+    data = data_lineage({"digest": rows.digest, "sources": rows.sources})
     fields = {
         "recipe": dump(recipe),
-        "lineage": {"data": [context.raw("train").digest], "run": recipe.name},
+        "lineage": {**data, "run": recipe.name},
         "metrics": metrics,
     }
     found, base = context.output_dir, recipe.model.model_name_or_path

@@ -10,10 +10,12 @@ import numpy as np
 from ftray.config.recipe import DataConfig
 from ftray.core.errors import DataError
 from ftray.core.fs import digest_bytes
+from ftray.data.fingerprint import fingerprints
 from ftray.data.order import Permutation
 from ftray.data.shapes import FIELDS
 from ftray.data.source import Records, find_sources, split_units
 from ftray.data.spans import BadRow
+from ftray.data.store import open_store
 
 RawRow = dict[str, Any]
 
@@ -28,6 +30,8 @@ class RawRows:
     """Rows that cannot be used, counted by reason."""
     digest: str
     """Of the rows' content in their order."""
+    sources: list[dict[str, Any]]
+    """The files they come from, each with its digest."""
 
 
 def read_rows(data: DataConfig, split: str, seed: int, columns: Collection[str] = ()) -> RawRows:
@@ -46,7 +50,8 @@ def read_rows(data: DataConfig, split: str, seed: int, columns: Collection[str] 
     names = {name: name for name in (*FIELDS, *renamed, *columns)}
     rows: list[RawRow] = []
     bad: dict[str, int] = {}
-    for unit in split_units(find_sources(getattr(data, split), data.sample_by)):
+    sources = find_sources(getattr(data, split), data.sample_by)
+    for unit in split_units(sources):
         for record in Records(unit, names):
             row = _as_row(record.value)
             if isinstance(row, str):
@@ -62,7 +67,8 @@ def read_rows(data: DataConfig, split: str, seed: int, columns: Collection[str] 
     order = Permutation(len(rows), seed, epoch=0)(np.arange(len(rows)))
     ordered = [rows[index] for index in order.tolist()]
     lines = (json.dumps(row, sort_keys=True, default=str) for row in ordered)
-    return RawRows(ordered, bad, digest_bytes("\n".join(lines).encode()))
+    files = fingerprints([source.file for source in sources], open_store(data.cache_dir))
+    return RawRows(ordered, bad, digest_bytes("\n".join(lines).encode()), files)
 
 
 def _as_row(value: Any) -> RawRow | str:

@@ -53,7 +53,7 @@ def test_json_is_machine_readable(capsys: pytest.CaptureFixture[str], delta: Pat
     shown = json.loads(ftray(capsys, "show", "tone@prod", *where))
     assert [published] == listed == [shown]
     assert shown["ref"] == "tone@1" and shown["aliases"] == ["prod"]
-    lineage = {"data": ["xxh3:d0"], "parents": ["warm@1"], "run": "runs/tone", "segments": []}
+    lineage = {"data": ["xxh3:d0"], "sources": {}, "parents": ["warm@1"], "run": "runs/tone", "segments": []}
     assert shown["lineage"] == lineage
 
 

@@ -19,7 +19,8 @@ from ftray.eval.questions import read_answers, read_questions
 from ftray.eval.rank import load_scorer
 from ftray.eval.run import evaluate
 from ftray.model.identity import base_identity
-from ftray.registry.local import Registry
+from ftray.registry.lineage import saw
+from ftray.registry.registry import Registry
 from ftray.testing import tiny
 from ftray.train.io import LocalIO
 from ftray.train.worker import train
@@ -72,6 +73,8 @@ def test_lineage_is_complete(
     assert parse(Recipe, delta.recipe) == recipe and delta.recipe == dump(recipe)
     assert delta.lineage.data == [Shards(io.prepare(recipe)[0]).digest]
     assert delta.lineage.run == recipe.name
+    assert [witness.entry.ref for witness in saw(registry, corpus["train"].name)] == ["letters@1"]
+    assert [witness.entry.ref for witness in saw(registry, str(corpus["train"]))] == ["letters@1"]
     assert delta.metrics == {**result.metrics, "exact_match": accuracy}
 
 

@@ -264,7 +264,10 @@ def test_reader_never_sees_half_an_alias_or_version(registry: Registry, delta: P
 def test_version_record_holds_no_more_than_it_says(registry: Registry, delta: Path) -> None:
     entry = registry.publish(delta, "tone")
     record = json.loads((entry.path / "ftray_version.json").read_text())
-    assert set(record) == {"name", "version", "published_at", "manifest"}
+    assert set(record) == {"name", "version", "published_at", "manifest", "size_bytes"}
+    assert entry.size_bytes == sum(
+        path.stat().st_size for path in entry.path.iterdir() if "version" not in path.name
+    )
     assert entry.published_at.endswith("+00:00")
 
 
@@ -317,3 +320,21 @@ def test_stamps_change_with_what_references_mean(registry: Registry, delta: Path
     registry.promote("tone@2")
     registry.publish(delta, "other")
     assert registry.stamps(["tone"])["tone"] == seen[-1], "nothing moved"
+
+
+def test_reads_during_promotions_and_rollbacks_are_never_mixed(registry: Registry, tmp_path: Path) -> None:
+    deltas = [weights_delta(tmp_path / f"delta-{seed}", seed=seed) for seed in (1, 2)]
+    known = {entry.version: entry.digest for entry in [registry.publish(delta, "tone") for delta in deltas]}
+    registry.promote("tone@1")
+    pid = os.fork()
+    if pid == 0:
+        for _ in range(60):
+            registry.promote("tone@2")
+            registry.rollback("tone")
+        os._exit(0)
+    seen = set()
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        entry = registry.resolve("tone@prod")
+        assert entry.digest == known[entry.version]
+        seen.add(entry.version)
+    assert seen == {1, 2} and registry.aliases("tone") == {"prod": 1}

@@ -69,6 +69,7 @@ def test_a_function_of_the_users_own(
     delta = manifest.read(result.delta)
     assert delta.kind == "low_rank" and delta.base.digest == base_identity(tiny_base)["digest"]
     assert delta.recipe["trainer"] == FINE_TUNE and delta.lineage.run == "own" and delta.lineage.data
+    assert list(delta.lineage.sources) == [str(file) for file in recipe.data.train]
     assert delta.metrics["loss"] == pytest.approx(losses[-1])
     base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     ids = torch.arange(2, 40)[None]
