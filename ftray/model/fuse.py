@@ -2,7 +2,8 @@
 
 transformers writes them as a dozen elementwise operations that each keep what they need for backward, in float32
 under autocast; and every linear layer casts the norm's output for itself. Here a norm keeps its input and a number
-for each token, and gives the type that the linear layers compute in; a gated unit keeps its two inputs.
+for each token, and gives the type that the linear layers compute in; a gated unit keeps its two inputs, and the
+layer behind it nothing.
 
 A module is taken over only if its `forward` is word for word the one known here: transformers copies the text from
 model to model, and whatever reads differently stays as it is.
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from ftray.model import linear
 
 
 class RMSNorm(torch.autograd.Function):
@@ -64,6 +67,39 @@ class SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
 
 
+class GatedLinear(torch.autograd.Function):
+    """`W (silu(gate) * up) + b`: a gated unit and the layer behind it, which makes its input again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """`gate` and `up` `[..., in]`, `weight` `[out, in]` to `[..., out]` of `dtype`."""
+        ctx.save_for_backward(gate, up, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        product = F.silu(gate).mul_(up).to(dtype)
+        with torch.autocast(gate.device.type, enabled=False):
+            return F.linear(product, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of gate, up, weight and bias."""
+        gate, up, weight = ctx.saved_tensors
+        grad, activated = grads[0], F.silu(gate)
+        _, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        product = (activated * up).to(grad.dtype) if needs_weight else None
+        grad_weight = None if product is None else linear.weight_gradient(grad, product, weight.dtype)
+        grad_bias = linear.bias_gradient(grad, ctx.bias_dtype) if needs_bias else None
+        grad_product = linear.input_gradient(grad, weight).to(gate.dtype)
+        grad_gate = torch.ops.aten.silu_backward(grad_product * up, gate)
+        return grad_gate, activated.mul_(grad_product), grad_weight, grad_bias, None
+
+
 def fuse(model: nn.Module) -> int:
     """Take over the norms and gated units of a model; returns how many modules that were."""
     found = 0
@@ -74,6 +110,9 @@ def fuse(model: nn.Module) -> int:
             ):
                 module.forward = types.MethodType(forward, module)
                 found += 1
+                if known is LlamaMLP and type(module.down_proj) is nn.Linear:
+                    behind = module.down_proj
+                    behind.forward = types.MethodType(_behind_gate, behind)  # type: ignore[method-assign]
     return found
 
 
@@ -103,5 +142,12 @@ def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _gated(self: Any, x: torch.Tensor) -> torch.Tensor:
-    down: torch.Tensor = self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
-    return down
+    gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+    # The layer behind is called as a module: strategies that share out weights gather them then.
+    y: torch.Tensor = down(gate, up) if type(down) is nn.Linear else down(SwiGLU.apply(gate, up))
+    return y
+
+
+def _behind_gate(self: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = GatedLinear.apply(gate, up, self.weight, self.bias, linear.computing_dtype(gate))
+    return y

@@ -32,26 +32,45 @@ class CastLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad = grads[0]
-        flat = grad.flatten(0, -2)
-        return (
-            (grad @ weight.to(grad.dtype)).to(ctx.x_dtype) if needs_x else None,
-            (flat.T @ x.flatten(0, -2)).to(weight.dtype) if needs_weight else None,
-            flat.sum(0).to(ctx.bias_dtype) if needs_bias else None,
-            None,
-        )
+        grad_x = input_gradient(grad, weight).to(ctx.x_dtype) if needs_x else None
+        grad_weight = weight_gradient(grad, x, weight.dtype) if needs_weight else None
+        return grad_x, grad_weight, bias_gradient(grad, ctx.bias_dtype) if needs_bias else None, None
+
+
+def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Of a linear layer, in the type of its output's gradient `[..., out]`."""
+    return grad @ weight.to(grad.dtype)
+
+
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`[out, in]` of the gradient `[..., out]` of a linear layer's output and its input `[..., in]`."""
+    return (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(dtype)
+
+
+def bias_gradient(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`[out]` of the gradient `[..., out]` of a linear layer's output."""
+    return grad.flatten(0, -2).sum(0).to(dtype)
+
+
+def computing_dtype(x: torch.Tensor) -> torch.dtype:
+    """The type in which a matrix product with `x` is computed here: autocast's, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def cast_twice(model: nn.Module) -> None:
-    """Let every plain linear layer of a model compute as `CastLinear` wherever autocast narrows its weight."""
+    """Let every plain linear layer of a model compute as `CastLinear` wherever autocast narrows its weight.
+
+    One whose `forward` was taken over before stays as it is.
+    """
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and "forward" not in vars(module):
             module.forward = types.MethodType(_linear, module)  # type: ignore[method-assign]
 
 
 def _linear(self: Any, x: torch.Tensor) -> torch.Tensor:
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = computing_dtype(x)
         if self.weight.is_floating_point() and self.weight.dtype.itemsize > dtype.itemsize:
             y: torch.Tensor = CastLinear.apply(x, self.weight, self.bias, dtype)
             return y

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-KERNELS_KEPT = 128
+KERNELS_KEPT = 64
 """Shapes of matrix products in bfloat16 that a CPU process keeps kernels for: those of a micro batch, about."""
 # oneDNN's primitive cache, and the one that PyTorch has before it: each keeps about 270 KiB a shape.
 _CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ftray.model.build import load_model
-from ftray.model.fuse import fuse
+from ftray.model.fuse import GatedLinear, SwiGLU, fuse
+from ftray.model.linear import CastLinear
 from ftray.testing.tiny import tiny_base
 
 IDS = torch.randint(2, 250, (1, 40), generator=torch.Generator().manual_seed(0))
@@ -49,3 +50,28 @@ def test_autocast_is_as_near_to_float32(architecture: str, tmp_path: Path) -> No
 
 def test_other_architectures_stay_as_they_are(tmp_path: Path) -> None:
     assert fuse(load_model(tiny_base(tmp_path, "gpt2"))) == 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layer_behind_a_gated_unit_keeps_nothing(bias: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(1, 6, 40, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    weight = torch.randn(24, 40, generator=generator).requires_grad_()
+    offset = torch.randn(24, generator=generator).requires_grad_() if bias else None
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    inputs = [tensor for tensor in (gate, up, weight, offset) if tensor is not None]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = GatedLinear.apply(gate, up, weight, offset, dtype)
+    assert {id(tensor) for tensor in kept} <= {id(tensor) for tensor in inputs}
+    found = torch.autograd.grad(y.square().sum(), inputs)
+    plain = CastLinear.apply(SwiGLU.apply(gate, up), weight, offset, dtype)
+    expected = torch.autograd.grad(plain.square().sum(), inputs)
+    for one, two in zip((y, *found), (plain, *expected), strict=True):
+        assert one.dtype == two.dtype
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
