@@ -11,7 +11,7 @@ def command(
     equivalence: Annotated[
         bool,
         typer.Option(
-            help="Also take 10 steps in several ways (accumulation, packing, workers): their losses must agree."
+            help="Also take 10 steps in several ways (batches, packing, workers, strategies): losses must agree."
         ),
     ] = False,
 ) -> None:
