@@ -37,6 +37,7 @@ venv: $(INSTALLED)
 
 # Everything is pinned, the build tools too, so that nothing is fetched once this is done. deepspeed is built from
 # source and its set-up imports torch, so torch and the build tools come first and nothing is built in isolation.
+# The engine's native kernels are compiled last; without a compiler it says so and runs in plain torch.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is missing or older than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
@@ -44,6 +45,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) pip setuptools wheel ninja
 	$(PIP) torch
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m ftray.engine.native
 	@touch $@
 
 clean:

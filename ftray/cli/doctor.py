@@ -15,7 +15,10 @@ _MARKS = {"ok": "", "note": "-", "warning": "!", "error": "X"}
 
 def command(
     build: Annotated[
-        bool, typer.Option("--build", help="Compile DeepSpeed's native operations now; clear stale locks.")
+        bool,
+        typer.Option(
+            "--build", help="Compile the native operations of the engine and DeepSpeed; clear stale locks."
+        ),
     ] = False,
     address: Annotated[
         str | None, typer.Option(help="Inspect every node of this Ray cluster, as `host:6379`.")
@@ -28,7 +31,7 @@ def command(
     if build:
         _build(quiet=as_json)
     if address is None:
-        nodes = {"this machine": inspect()}
+        nodes = {"this machine": [*inspect(), _engine_kernels()]}
     else:
         from ftray.cluster.ray_nodes import inspect_nodes
 
@@ -43,8 +46,23 @@ def command(
         raise typer.Exit(1)
 
 
+def _engine_kernels() -> "Finding":
+    from ftray.cluster.machine import Finding
+
+    try:
+        from ftray.engine import native
+    except ImportError as error:
+        return Finding("engine kernels", "note", f"not looked for ({error})")
+    if native.library().is_file():
+        return Finding("engine kernels", "ok", "built")
+    return Finding(
+        "engine kernels", "note", "not built, serving is slower", "`ftray doctor --build` compiles them"
+    )
+
+
 def _build(*, quiet: bool) -> None:
     from ftray.cluster import native
+    from ftray.engine import native as kernels
 
     def say(line: str) -> None:
         if not quiet:
@@ -52,6 +70,7 @@ def _build(*, quiet: bool) -> None:
 
     for lock in native.clear_stale_locks():
         say(f"cleared {lock}")
+    say(f"{kernels.NAME}: {kernels.build().parent}")
     for op in native.OPS:
         start = time.monotonic()
         state = "ready" if native.build(op) else "has no place on this accelerator"

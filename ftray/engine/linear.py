@@ -103,9 +103,14 @@ class SlotLinear(nn.Module):
         num_slots: int,
     ) -> None:
         super().__init__()
-        weight = torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
-        bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases if bias is not None])
+        weight = (
+            torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
+        )
+        bias = (
+            None if biases[0] is None else torch.cat([bias.detach() for bias in biases if bias is not None])
+        )
         self.out_features, self.in_features = weight.shape
+        self.dtype, self.device = weight.dtype, weight.device
         self.bounds = [0, *accumulate(weight.shape[0] for weight in weights)]
         self.multiply = fastest(weight, bias)
         self.biases = list(biases)

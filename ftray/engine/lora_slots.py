@@ -10,6 +10,8 @@ from ftray.engine import native
 
 _LANES = 16
 """Columns are allocated in multiples of this, a vector of the native kernel."""
+_TILE = 64
+"""Outputs whose factors lie together, so that the native kernel reads them in order."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Prepared:
 
     a_IC: torch.Tensor
     """Columns of all parts side by side."""
-    b_CW: torch.Tensor
-    """Row `j` belongs with column `j`; a part narrower than the widest leaves the end of its rows unused."""
+    b_E: torch.Tensor
+    """Part after part, `[tiles, rank, 64]` each; the last tile of a part is filled up with zeros."""
     ranks: list[int]
     """Of each part; 0: it has no update."""
 
@@ -60,45 +62,46 @@ class SlotFactors:
     """
 
     def __init__(
-        self, in_features: int, widths: Sequence[int], num_slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        in_features: int,
+        widths: Sequence[int],
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.in_features, self.widths = in_features, list(widths)
         self.bounds = [0, *accumulate(widths)]
         self.used = False
         """True once anything was put."""
-        self._num_slots = num_slots
         self._ranks = [[0] * len(widths) for _ in range(num_slots)]
         self._ranks_table = torch.zeros(num_slots, len(widths), dtype=torch.int64)
         self._bounds_table = torch.tensor(self.bounds, dtype=torch.int64)
         self._a_SIC = torch.empty(num_slots, in_features, 0, dtype=dtype, device=device)
-        self._b_SCW = torch.empty(num_slots, 0, max(widths), dtype=dtype, device=device)
-        self._native = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and native.available()
+        self._b_SE = torch.empty(num_slots, 0, dtype=dtype, device=device)
+        self._native = (
+            device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and native.available()
+        )
 
     def prepare(self, parts: Mapping[int, Pair]) -> Prepared:
         """Factors by part as `put` takes them; touches no slot, so it may run beside a step."""
         ranks = [parts[part].a_RI.shape[0] if part in parts else 0 for part in range(len(self.widths))]
         dtype = self._a_SIC.dtype
         a_IC = torch.cat([parts[part].a_RI.T.to(dtype) for part in sorted(parts)], 1)
-        b_CW = torch.zeros(sum(ranks), max(self.widths), dtype=dtype)
-        first = 0
-        for part in sorted(parts):
-            pair = parts[part]
-            b_CW[first : first + ranks[part], : self.widths[part]] = (pair.b_OR * pair.scaling).T
-            first += ranks[part]
-        return Prepared(a_IC, b_CW, ranks)
+        pieces = [_tiled(parts[part].b_OR * parts[part].scaling).to(dtype) for part in sorted(parts)]
+        return Prepared(a_IC, torch.cat(pieces), ranks)
 
     def put(self, slot: int, prepared: Prepared) -> None:
         """Fill a slot; what it held is gone."""
         columns = prepared.a_IC.shape[1]
-        self._reserve(slot + 1, columns)
+        self._reserve(slot + 1, columns, len(prepared.b_E))
         self._a_SIC[slot, :, :columns] = prepared.a_IC
-        self._b_SCW[slot, :columns] = prepared.b_CW
+        self._b_SE[slot, : len(prepared.b_E)] = prepared.b_E
         self._set_ranks(slot, prepared.ranks)
         self.used = True
 
     def clear(self, slot: int) -> None:
         """Let a slot add nothing."""
-        if slot < self._num_slots:
+        if slot < len(self._ranks):
             self._set_ranks(slot, [0] * len(self.widths))
 
     def add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, stretches: Stretches) -> None:
@@ -108,7 +111,7 @@ class SlotFactors:
                 y_TO,
                 x_TI,
                 self._a_SIC,
-                self._b_SCW,
+                self._b_SE,
                 self._ranks_table,
                 self._bounds_table,
                 stretches.table_N3,
@@ -123,33 +126,42 @@ class SlotFactors:
             if not columns:
                 continue
             inner = x_TI[start:stop].to(self._a_SIC.dtype) @ self._a_SIC[slot, :, :columns]
-            first = 0
+            column = place = 0
             for part, rank in enumerate(ranks):
+                tiles = -(-self.widths[part] // _TILE)
                 if rank:
-                    b = self._b_SCW[slot, first : first + rank, : self.widths[part]]
-                    y = y_TO[start:stop, self.bounds[part] : self.bounds[part + 1]]
-                    y += inner[:, first : first + rank] @ b
-                first += rank
+                    b_NRW = self._b_SE[slot, place : place + tiles * rank * _TILE].view(tiles, rank, _TILE)
+                    update = (inner[:, column : column + rank] @ b_NRW).transpose(0, 1).flatten(1)
+                    y_TO[start:stop, self.bounds[part] : self.bounds[part + 1]] += update[
+                        :, : self.widths[part]
+                    ]
+                column += rank
+                place += tiles * rank * _TILE
 
-    def _reserve(self, slots: int, columns: int) -> None:
-        """Room for so many slots and columns. Fresh memory is not touched until it is filled."""
-        have = self._a_SIC.shape[2]
-        if slots <= self._num_slots and columns <= have:
+    def _reserve(self, slots: int, columns: int, size: int) -> None:
+        """Room for so many slots, columns of A and elements of B; not touched until it is filled."""
+        a, b = self._a_SIC, self._b_SE
+        if slots <= len(a) and columns <= a.shape[2] and size <= b.shape[1]:
             return
-        slots, columns = max(slots, self._num_slots), -(-max(columns, have) // _LANES) * _LANES
-        if slots > self._num_slots:
-            slots = max(slots, 2 * self._num_slots)
-        a, b = self._a_SIC, self._b_SCW
-        self._a_SIC = a.new_zeros(slots, self.in_features, columns)
-        self._b_SCW = b.new_zeros(slots, columns, max(self.widths))
-        filled = [slot for slot, ranks in enumerate(self._ranks) if any(ranks)]
-        for slot in filled:
-            self._a_SIC[slot, :, :have] = a[slot]
-            self._b_SCW[slot, :have] = b[slot]
-        self._ranks += [[0] * len(self.widths) for _ in range(slots - self._num_slots)]
+        if slots > len(a):
+            slots = 2 * slots
+        columns = -(-max(columns, a.shape[2]) // _LANES) * _LANES
+        self._a_SIC = a.new_zeros(max(slots, len(a)), self.in_features, columns)
+        self._b_SE = b.new_zeros(max(slots, len(b)), max(size, b.shape[1]))
+        for slot, ranks in enumerate(self._ranks):
+            if any(ranks):
+                self._a_SIC[slot, :, : a.shape[2]] = a[slot]
+                self._b_SE[slot, : b.shape[1]] = b[slot]
+        self._ranks += [[0] * len(self.widths) for _ in range(len(self._a_SIC) - len(a))]
         self._ranks_table = torch.tensor(self._ranks, dtype=torch.int64)
-        self._num_slots = slots
 
     def _set_ranks(self, slot: int, ranks: list[int]) -> None:
         self._ranks[slot] = ranks
         self._ranks_table[slot] = torch.tensor(ranks, dtype=torch.int64)
+
+
+def _tiled(b_OR: torch.Tensor) -> torch.Tensor:
+    """`[tiles, rank, 64]`, flat."""
+    outputs, rank = b_OR.shape
+    padded = torch.nn.functional.pad(b_OR, (0, 0, 0, -outputs % _TILE))
+    return padded.view(-1, _TILE, rank).transpose(1, 2).reshape(-1)

@@ -32,7 +32,8 @@ def self_check(model: Any, make_runner: MakeRunner, max_positions: int) -> str |
 
     Args:
         model: the model, its attention set to the paged one; it is left so.
-        make_runner: builds the runner to be checked, with room for what the scheduler says.
+        make_runner: builds the runner to be checked, with room for what the scheduler says; it may change the
+            model's layers, for the plain model has answered by then.
         max_positions: most tokens the model takes.
 
     Returns:
@@ -45,8 +46,8 @@ def self_check(model: Any, make_runner: MakeRunner, max_positions: int) -> str |
     lengths = (long, min(7, max_positions))
     prompts = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
     try:
-        paged_logits, calls = _through_cache(make_runner, model, prompts)
         plain_logits = _plain(model, prompts)
+        paged_logits, calls = _through_cache(make_runner, model, prompts)
     # Models fail here in ways of their own; any of them means that this path is not for this model.
     except Exception as error:
         message = " ".join(str(error).split())[:120]

@@ -11,9 +11,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ftray.engine.linear import Fused, FusedPart, SlotLinear, StepRoute
 from ftray.engine.lora_slots import Pair, Prepared
+from ftray.engine.pointwise import GatedUnit, same, swap_norms, takes
 
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Neighbours that architectures call one after another with the same tensor."""
+
+
+Placed = list[tuple[SlotLinear, Prepared]]
+"""A delta's factors and the layers they belong to."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,10 @@ class Swapped:
         """Name of a linear layer -> where it is now."""
         for names in _groups(model):
             self._swap(model, names, num_slots)
+        self._swap_gated(model)
+        swap_norms(model)
 
-    def prepare(self, factors: Mapping[str, Pair]) -> list[tuple[SlotLinear, Prepared]]:
+    def prepare(self, factors: Mapping[str, Pair]) -> Placed:
         """A delta's factors, by layers' names, as `put` takes them; may run beside a step."""
         parts: dict[SlotLinear, dict[int, Pair]] = defaultdict(dict)
         for name, pair in factors.items():
@@ -47,7 +54,7 @@ class Swapped:
             parts[site.linear][site.part] = pair
         return [(linear, linear.slots.prepare(mine)) for linear, mine in parts.items()]
 
-    def put(self, slot: int, prepared: list[tuple[SlotLinear, Prepared]]) -> None:
+    def put(self, slot: int, prepared: Placed) -> None:
         """Put a delta into a slot that is clear."""
         for linear, mine in prepared:
             linear.slots.put(slot, mine)
@@ -66,6 +73,18 @@ class Swapped:
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, FusedPart(shared, part) if shared else linear)
             self.sites[name] = Site(linear, part)
+
+    def _swap_gated(self, model: nn.Module) -> None:
+        """Let gated units that are what they look like pass from one product to the next without a detour."""
+        for name, unit in list(model.named_modules()):
+            gate, down = getattr(unit, "gate_proj", None), getattr(unit, "down_proj", None)
+            if not isinstance(gate, FusedPart) or not isinstance(down, SlotLinear):
+                continue
+            fused = GatedUnit(gate.shared, down)
+            weights = torch.empty(down.in_features, dtype=down.dtype, device=down.device)
+            if takes(weights) and same(unit, fused, gate.in_features, down.dtype):
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, fused)
 
 
 def _groups(model: nn.Module) -> Iterator[list[str]]:

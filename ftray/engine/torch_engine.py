@@ -5,24 +5,30 @@ stretch of rows of one delta through its adapter. At load the engine checks itse
 falls back, saying so, to one request at a time where the model does not take part.
 """
 
+import dataclasses
+import itertools
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
 
-from ftray.adapt.lora_files import put_adapter, unload_adapter
-from ftray.adapt.route import Route, Segment
+from ftray.adapt.lora_files import Adapter, put_adapter, unload_adapter
+from ftray.adapt.lora_linear import route_of
+from ftray.adapt.route import Segment
 from ftray.core.errors import ConfigError, FtrayError
 from ftray.core.spec import spec
 from ftray.engine import paged
 from ftray.engine.api import Request
 from ftray.engine.base import DeltaGate, DeltaReader, LowRank, engine_info, eos_ids, kv_facts, max_positions
 from ftray.engine.core import StepEngine
+from ftray.engine.lora_slots import Pair, Stretches
 from ftray.engine.scheduler import Row, Scheduler, Sequence
 from ftray.engine.selfcheck import self_check
 from ftray.engine.settings import ModelEngineConfig, pick_device
+from ftray.engine.swap import Placed, Swapped
 from ftray.model.build import NotBuiltError, load_model
 from ftray.model.folder import resolve_folder
 from ftray.model.tokenizer import load_tokenizer
@@ -30,17 +36,44 @@ from ftray.model.tokenizer import load_tokenizer
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class SlotDelta:
+    """A low-rank delta in memory, its factors as the slots take them."""
+
+    digest: str
+    """Digest of what answers."""
+    linear: Placed
+    """Factors of linear layers."""
+    experts: Adapter
+    """Factors of stacks of experts."""
+    size_bytes: int
+    """Of the factors."""
+    kind: str = "low_rank"
+    mixed_batch: bool = True
+
+
+@dataclass
+class Base:
+    """A model that was loaded, and what stands in for its linear layers."""
+
+    model: Any
+    reader: DeltaReader
+    swapped: Swapped | None = None
+    """None: its own layers, which adapters wrap."""
+
+
 class TorchRunner:
     """Computes a step's logits with one forward pass over all rows."""
 
-    def __init__(self, model: Any, gate: DeltaGate | None, cache: paged.KVCache) -> None:
-        self.model = model
+    def __init__(self, base: Base, cache: paged.KVCache) -> None:
+        self.model = base.model
         self.cache = cache
         self.calls = 0
         """Attention calls of the last step."""
-        self._reader = DeltaReader(model, gate)
-        self._device = next(model.parameters()).device
-        self._route = model.ftray_route = getattr(model, "ftray_route", None) or Route()
+        self._base = base
+        self._device = cache.device
+        self._route = route_of(base.model)
+        self._slots: dict[str, int] = {}
 
     @torch.inference_mode()
     def forward(self, rows: list[Row], keys: list[str | None], keep: list[int]) -> torch.Tensor:
@@ -50,6 +83,7 @@ class TorchRunner:
         step = paged.Step(self.cache, rows)
         tokens = [token for row in rows for token in row.seq.tokens[row.start : row.start + row.length]]
         segments = _segments(rows, keys)
+        self._set_stretches(segments)
         alone = segments[0][0] if len(segments) == 1 else None
         with paged.using(step), self._route.use(alone, None if len(segments) == 1 else segments):
             logits: torch.Tensor = self.model(
@@ -62,19 +96,44 @@ class TorchRunner:
         self.calls = step.calls
         return logits[: len(keep)]
 
+    def _set_stretches(self, segments: list[Segment]) -> None:
+        if self._base.swapped is not None:
+            placed = [(self._slots[key], start, stop) for key, start, stop in segments if key is not None]
+            self._base.swapped.route.stretches = Stretches.of(placed)
+
     def release(self, seq: Sequence) -> None:
         """Blocks are cleared when they are given out again."""
 
-    def read(self, folder: str) -> LowRank:
+    def read(self, folder: str) -> LowRank | SlotDelta:
         """See `Places.read`."""
-        return self._reader.read(folder)
+        found = self._base.reader.read(folder)
+        if self._base.swapped is None:
+            return found
+        factors, stacks = found.adapter.factors, found.adapter.stacks
+        pairs = {
+            name: Pair(*pair, found.adapter.scaling(name))
+            for name, pair in factors.items()
+            if name not in stacks
+        }
+        experts = dataclasses.replace(found.adapter, factors={name: factors[name] for name in stacks})
+        return SlotDelta(found.digest, self._base.swapped.prepare(pairs), experts, found.size_bytes)
 
-    def load(self, key: str, delta: LowRank) -> None:
+    def load(self, key: str, delta: LowRank | SlotDelta) -> None:
         """See `Places.load`."""
-        put_adapter(self.model, key, delta.adapter)
+        if isinstance(delta, LowRank):
+            put_adapter(self.model, key, delta.adapter)
+            return
+        assert self._base.swapped is not None
+        taken = set(self._slots.values())
+        self._slots[key] = next(slot for slot in itertools.count() if slot not in taken)
+        self._base.swapped.put(self._slots[key], delta.linear)
+        if delta.experts.factors:
+            put_adapter(self.model, key, delta.experts)
 
     def unload(self, key: str) -> None:
         """See `Places.unload`."""
+        if key in self._slots and self._base.swapped is not None:
+            self._base.swapped.clear(self._slots.pop(key))
         unload_adapter(self.model, key)
 
 
@@ -112,16 +171,17 @@ class TorchEngineConfig(ModelEngineConfig):
         """
         self.use_threads()
         folder = resolve_folder(base)
-        model, problem = self._load(folder)
-        if problem:
+        tokenizer = load_tokenizer(folder)
+        gate = DeltaGate(folder, tokenizer)
+        loaded, problem = self._load(folder, gate)
+        if loaded is None:
             from ftray.engine.hf_generate import build_fallback
 
             logger.warning("%s: %s; using plain Hugging Face, one request at a time", folder, problem)
             return build_fallback(self, base)
-        tokenizer = load_tokenizer(folder)
-        gate = DeltaGate(folder, tokenizer)
+        model = loaded.model
         scheduler = self.scheduler(max_positions(model.config))
-        runner = self._runner(model, scheduler, gate)
+        runner = self._runner(loaded, scheduler)
         self._allocate(runner)
         return StepEngine(
             runner,
@@ -155,21 +215,39 @@ class TorchEngineConfig(ModelEngineConfig):
             max_length=min(self.max_length or positions, positions, num_blocks * self.block_size),
         )
 
-    def _load(self, folder: Path) -> tuple[Any, str | None]:
-        """The model, or why this engine is not for it."""
-        try:
-            model = load_model(folder, dtype=self.dtype, attn=paged.NAME).to(pick_device(self.device))
-        except NotBuiltError as error:
-            return None, str(error)
-        except FtrayError:
-            raise
-        except (KeyError, ValueError, ImportError, NotImplementedError) as error:
-            # Models with attention classes of their own look the name up and fail, each in its way.
-            return None, f"it takes no registered attention ({type(error).__name__}: {error})"
-        return model, self_check(model, self._runner, max_positions(model.config))
+    def _load(self, folder: Path, gate: DeltaGate | None) -> tuple[Base | None, str]:
+        """The model with the fastest layers that pass the check; None, and the reason, if nothing does."""
+        problem = ""
+        for swap in (True, False):
+            try:
+                model = load_model(folder, dtype=self.dtype, attn=paged.NAME).to(pick_device(self.device))
+            except NotBuiltError as error:
+                return None, str(error)
+            except FtrayError:
+                raise
+            except (KeyError, ValueError, ImportError, NotImplementedError) as error:
+                # Models with attention classes of their own look the name up and fail, each in its way.
+                return None, f"it takes no registered attention ({type(error).__name__}: {error})"
+            base = Base(model, DeltaReader(model, gate))
+            problem = self.check(base, swap=swap) or ""
+            if not problem:
+                return base, ""
+            if swap:
+                logger.info("%s: %s; trying its own linear layers", folder, problem)
+        return None, problem
 
-    def _runner(self, model: Any, scheduler: Scheduler, gate: DeltaGate | None = None) -> TorchRunner:
-        device = next(model.parameters()).device
+    def check(self, base: Base, *, swap: bool) -> str | None:
+        """Why a model is not for this engine; None if it is. Its linear layers are swapped on the way if asked."""
+
+        def make_runner(model: Any, scheduler: Scheduler) -> TorchRunner:
+            if swap:
+                base.swapped = Swapped(model, self.max_loras)
+            return self._runner(base, scheduler)
+
+        return self_check(base.model, make_runner, max_positions(base.model.config))
+
+    def _runner(self, base: Base, scheduler: Scheduler) -> TorchRunner:
+        device = next(base.model.parameters()).device
         num_blocks, length = scheduler.pool.num_blocks, scheduler.max_length
         cache = paged.KVCache(num_blocks, scheduler.block_size, scheduler.max_num_seqs, length, device)
-        return TorchRunner(model, gate, cache)
+        return TorchRunner(base, cache)

@@ -14,31 +14,35 @@ namespace ftray {
 namespace {
 
 struct Shape {
-  int64_t heads, kv_heads, groups, size, value_size, block_size, blocks;
+  int64_t heads, kv_heads, groups, size, value_size, block_size;
   float scale, softcap;
   int64_t window;
 };
 
-// scores[0:16] = q . k[i] of up to sixteen keys.
+// scores[0:16] = q . k[i] of up to sixteen keys, `stride` apart.
 template <typename T>
-Vec score_block(const float* q, const T* const* keys, int count, int64_t size) {
+Vec score_chunk(const float* q, const T* keys, int64_t stride, int count, int64_t size) {
   Vec acc[kLanes] = {};
   for (int i = 0; i < count; ++i)
-    for (int64_t c = 0; c < size; c += kLanes) acc[i] += load(q + c) * load(keys[i] + c);
+    for (int64_t c = 0; c < size; c += kLanes) acc[i] += load(q + c) * load(keys + i * stride + c);
   return sums(acc);
 }
 
-// out[0:size] = sum_t weights[t] v[t], for two heads that share their values if `second` is not null.
-template <typename T, int kChunk>
-void weigh(const float* first, const float* second, const std::vector<const T*>& values, int64_t size, float* out_first,
-           float* out_second) {
+// out[0:size] += sum_i weights[i] v[i], for two heads that share their values if `second` is not null.
+template <int kChunk, typename T>
+void weigh_chunk(const float* first, const float* second, const T* values, int64_t stride, int count, int64_t size,
+                 float* out_first, float* out_second) {
   for (int64_t c = 0; c < size; c += kChunk * kLanes) {
-    Vec one[kChunk] = {}, two[kChunk] = {};
-    for (size_t t = 0; t < values.size(); ++t)
+    Vec one[kChunk], two[kChunk] = {};
+    for (int n = 0; n < kChunk; ++n) {
+      one[n] = load(out_first + c + n * kLanes);
+      if (second) two[n] = load(out_second + c + n * kLanes);
+    }
+    for (int i = 0; i < count; ++i)
       for (int n = 0; n < kChunk; ++n) {
-        Vec value = load(values[t] + c + n * kLanes);
-        one[n] += value * first[t];
-        if (second) two[n] += value * second[t];
+        Vec value = load(values + i * stride + c + n * kLanes);
+        one[n] += value * first[i];
+        if (second) two[n] += value * second[i];
       }
     for (int n = 0; n < kChunk; ++n) {
       store(out_first + c + n * kLanes, one[n]);
@@ -47,11 +51,8 @@ void weigh(const float* first, const float* second, const std::vector<const T*>&
   }
 }
 
-struct Scratch {
-  std::vector<float> scores, query, out;
-};
-
-// Scores of one head to weights that sum to one, or to less where a sink takes its part.
+// Scores of one head to weights, in place; returns what they are to be multiplied by to sum to one, or to less where
+// a sink takes its part.
 float soften(float* scores, int64_t padded, float sink) {
   Vec top = splat(sink);
   for (int64_t t = 0; t < padded; t += kLanes) top = maximum(top, load(scores + t));
@@ -66,66 +67,104 @@ float soften(float* scores, int64_t padded, float sink) {
   return 1.0f / (sum(total) + rest);
 }
 
+// One token's heads that belong to the key heads [from, to). The cache is read in the order it lies in: all heads of
+// a block before the next block.
 template <typename T>
-void attend_row(const T* q, int64_t q_stride, const T* keys, const T* values, const int64_t* table, int64_t length,
-                int64_t kv_head, const float* sinks, const Shape& shape, T* out, Scratch& scratch) {
-  const int64_t first = shape.window > 0 ? std::max<int64_t>(0, length - shape.window) : 0;
-  const int64_t count = length - first, padded = (count + kLanes - 1) / kLanes * kLanes;
-  std::vector<const T*> key_rows(count), value_rows(count);
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t at = first + t;
-    const int64_t slot = table[at / shape.block_size] * shape.block_size + at % shape.block_size;
-    key_rows[t] = keys + (slot * shape.kv_heads + kv_head) * shape.size;
-    value_rows[t] = values + (slot * shape.kv_heads + kv_head) * shape.value_size;
+class Row {
+ public:
+  Row(const Shape& shape, const T* keys, const T* values) : shape_(shape), keys_(keys), values_(values) {}
+
+  void attend(const T* q, int64_t q_stride, const int64_t* table, int64_t length, int64_t from, int64_t to,
+              const float* sinks, T* out) {
+    const int64_t heads = (to - from) * shape_.groups, head = from * shape_.groups;
+    table_ = table;
+    first_ = shape_.window > 0 ? std::max<int64_t>(0, length - shape_.window) : 0;
+    count_ = length - first_;
+    padded_ = (count_ + kLanes - 1) / kLanes * kLanes;
+    scores_.resize(heads * padded_);
+    query_.resize(heads * shape_.size);
+    out_.assign(heads * shape_.value_size, 0.0f);
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t c = 0; c < shape_.size; ++c)
+        query_[h * shape_.size + c] = static_cast<float>(q[(head + h) * q_stride + c]) * shape_.scale;
+    chunks([&](int64_t slot, int64_t t, int count) { score(slot, t, count, from, to); });
+    norms_.resize(heads);
+    for (int64_t h = 0; h < heads; ++h) {
+      float* mine = scores_.data() + h * padded_;
+      const float sink = sinks ? sinks[head + h] : -std::numeric_limits<float>::infinity();
+      for (int64_t t = count_; t < padded_; ++t) mine[t] = -std::numeric_limits<float>::infinity();
+      norms_[h] = soften(mine, padded_, sink);
+    }
+    chunks([&](int64_t slot, int64_t t, int count) { weigh(slot, t, count, from, to); });
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t c = 0; c < shape_.value_size; ++c)
+        out[(head + h) * shape_.value_size + c] = static_cast<T>(out_[h * shape_.value_size + c] * norms_[h]);
   }
-  scratch.scores.resize(shape.groups * padded);
-  scratch.query.resize(shape.groups * shape.size);
-  scratch.out.resize(shape.groups * shape.value_size);
-  std::vector<float> norm(shape.groups);
-  for (int64_t g = 0; g < shape.groups; ++g)
-    for (int64_t c = 0; c < shape.size; ++c)
-      scratch.query[g * shape.size + c] = static_cast<float>(q[(kv_head * shape.groups + g) * q_stride + c]) * shape.scale;
-  for (int64_t t = 0; t < count; t += kLanes) {
-    const int some = static_cast<int>(std::min<int64_t>(kLanes, count - t));
-    for (int64_t g = 0; g < shape.groups; ++g) {
-      float* at = scratch.scores.data() + g * padded + t;
-      store(at, score_block(scratch.query.data() + g * shape.size, key_rows.data() + t, some, shape.size));
-      if (shape.softcap > 0)
-        for (int i = 0; i < some; ++i) at[i] = std::tanh(at[i] / shape.softcap) * shape.softcap;
-      for (int i = some; i < kLanes; ++i) at[i] = -std::numeric_limits<float>::infinity();
+
+ private:
+  // Calls work(cache slot of the first token, its place among those seen, how many) for up to sixteen at once.
+  template <typename Work>
+  void chunks(Work work) {
+    for (int64_t t = 0; t < count_;) {
+      const int64_t at = first_ + t, within = at % shape_.block_size;
+      const int count = static_cast<int>(std::min({int64_t{kLanes}, count_ - t, shape_.block_size - within}));
+      work(table_[at / shape_.block_size] * shape_.block_size + within, t, count);
+      t += count;
     }
   }
-  for (int64_t g = 0; g < shape.groups; ++g) {
-    const float sink = sinks ? sinks[kv_head * shape.groups + g] : -std::numeric_limits<float>::infinity();
-    norm[g] = soften(scratch.scores.data() + g * padded, padded, sink);
+
+  void score(int64_t slot, int64_t t, int count, int64_t from, int64_t to) {
+    const int64_t stride = shape_.kv_heads * shape_.size;
+    for (int64_t k = from; k < to; ++k)
+      for (int64_t g = 0; g < shape_.groups; ++g) {
+        const int64_t h = (k - from) * shape_.groups + g;
+        Vec found = score_chunk(query_.data() + h * shape_.size, keys_ + slot * stride + k * shape_.size, stride,
+                                count, shape_.size);
+        if (shape_.softcap > 0)
+          for (int i = 0; i < count; ++i) found[i] = std::tanh(found[i] / shape_.softcap) * shape_.softcap;
+        std::memcpy(scores_.data() + h * padded_ + t, &found, count * sizeof(float));
+      }
   }
-  for (int64_t g = 0; g < shape.groups; g += 2) {
-    const float* one = scratch.scores.data() + g * padded;
-    const float* two = g + 1 < shape.groups ? one + padded : nullptr;
-    float* to = scratch.out.data() + g * shape.value_size;
-    if (shape.value_size % (4 * kLanes) == 0)
-      weigh<T, 4>(one, two, value_rows, shape.value_size, to, to + shape.value_size);
-    else
-      weigh<T, 1>(one, two, value_rows, shape.value_size, to, to + shape.value_size);
+
+  void weigh(int64_t slot, int64_t t, int count, int64_t from, int64_t to) {
+    const int64_t size = shape_.value_size, stride = shape_.kv_heads * size;
+    for (int64_t k = from; k < to; ++k)
+      for (int64_t g = 0; g < shape_.groups; g += 2) {
+        const int64_t h = (k - from) * shape_.groups + g;
+        const float* one = scores_.data() + h * padded_ + t;
+        const float* two = g + 1 < shape_.groups ? one + padded_ : nullptr;
+        float* out = out_.data() + h * size;
+        const T* values = values_ + slot * stride + k * size;
+        if (size % (4 * kLanes) == 0)
+          weigh_chunk<4>(one, two, values, stride, count, size, out, out + size);
+        else
+          weigh_chunk<1>(one, two, values, stride, count, size, out, out + size);
+      }
   }
-  for (int64_t g = 0; g < shape.groups; ++g)
-    for (int64_t c = 0; c < shape.value_size; ++c)
-      out[(kv_head * shape.groups + g) * shape.value_size + c] =
-          static_cast<T>(scratch.out[g * shape.value_size + c] * norm[g]);
-}
+
+  const Shape& shape_;
+  const T *keys_, *values_;
+  const int64_t* table_ = nullptr;
+  int64_t first_ = 0, count_ = 0, padded_ = 0;
+  std::vector<float> scores_, query_, out_, norms_;
+};
 
 template <typename T>
 void attend_all(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
                 const at::Tensor& lengths, const float* sinks, const Shape& shape, at::Tensor& out) {
-  const T *qs = q.data_ptr<T>(), *ks = keys.data_ptr<T>(), *vs = values.data_ptr<T>();
+  const T* qs = q.data_ptr<T>();
   const int64_t *tables = table.data_ptr<int64_t>(), *length = lengths.data_ptr<int64_t>();
   T* outs = out.data_ptr<T>();
-  at::parallel_for(0, q.size(0) * shape.kv_heads, 4, [&](int64_t begin, int64_t end) {
-    Scratch scratch;
+  // Fewer rows than threads: the heads of a row are shared out too.
+  const int64_t rows = q.size(0), threads = at::get_num_threads();
+  const int64_t shares = std::min(shape.kv_heads, rows >= threads ? 1 : (threads + rows - 1) / rows);
+  at::parallel_for(0, rows * shares, 1, [&](int64_t begin, int64_t end) {
+    Row<T> worker(shape, keys.data_ptr<T>(), values.data_ptr<T>());
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / shape.kv_heads;
-      attend_row<T>(qs + row * q.stride(0), q.stride(1), ks, vs, tables + row * table.stride(0), length[row],
-                    task % shape.kv_heads, sinks, shape, outs + row * shape.heads * shape.value_size, scratch);
+      const int64_t row = task / shares, share = task % shares;
+      worker.attend(qs + row * q.stride(0), q.stride(1), tables + row * table.stride(0), length[row],
+                    shape.kv_heads * share / shares, shape.kv_heads * (share + 1) / shares, sinks,
+                    outs + row * shape.heads * shape.value_size);
     }
   });
 }
@@ -140,7 +179,7 @@ at::Tensor paged_decode(const at::Tensor& q, const at::Tensor& keys, const at::T
   TORCH_CHECK(table.stride(1) == 1 && lengths.is_contiguous() && table.size(0) == q.size(0), "table");
   TORCH_CHECK(q.scalar_type() == keys.scalar_type() && q.scalar_type() == values.scalar_type(), "one type for all");
   const int64_t kv_heads = keys.size(1);
-  const Shape shape{q.size(1), kv_heads, q.size(1) / kv_heads, q.size(2), values.size(2), block_size, table.size(1),
+  const Shape shape{q.size(1), kv_heads, q.size(1) / kv_heads, q.size(2), values.size(2), block_size,
                     static_cast<float>(scale), static_cast<float>(softcap), window};
   at::Tensor out = at::empty({q.size(0), q.size(1), values.size(2)}, q.options());
   at::Tensor wide;

@@ -1,8 +1,9 @@
 // Low-rank updates of a step's tokens, each stretch of tokens by its slot: y += (x A[slot]) B[slot].
 //
-// A slot's factors lie side by side: column j of A and row j of B belong to one rank of one part, a part being one of
-// the linear layers that share their input. So few tokens share a slot in decoding that a general matrix product
-// spends its time on set-up; here factors are streamed once per eight tokens, in the order they lie in.
+// A slot's A factors lie side by side, column by column of the parts, a part being one of the linear layers that share
+// their input; its B factors lie one after another. So few tokens share a slot in decoding that a general matrix product
+// spends its time on set-up, and reading the factors is most of what is left: here they are read once per eight tokens,
+// in the order they lie in.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -14,55 +15,83 @@
 namespace ftray {
 namespace {
 
+constexpr int64_t kTile = 64;
 constexpr int64_t kTokens = 8;  // of one block: as many accumulators as hide a fused multiply-add's latency
 
 struct Layout {
-  int64_t inputs, columns, width;  // of x; of A and rows of B; of a row of B
+  int64_t inputs, columns;  // of x; of A
   int64_t parts;
   const int64_t* bounds;  // [parts + 1]: a part's outputs in a row of y
 };
 
-// inner[m, 0:columns] = x[m] A for M tokens.
+// inner[m, 0:16 C] = x[m] A for M tokens and C vectors of columns, with as many sums at once as hide the latency.
+template <int M, int C, typename T>
+void project_some(const float* const* x, const T* a, float* inner, const Layout& layout) {
+  constexpr int kUnroll = M * C >= 8 ? 1 : (8 + M * C - 1) / (M * C);
+  Vec acc[M][C][kUnroll] = {};
+  int64_t k = 0;
+  for (; k + kUnroll <= layout.inputs; k += kUnroll)
+    for (int u = 0; u < kUnroll; ++u)
+      for (int c = 0; c < C; ++c) {
+        Vec row = load(a + (k + u) * layout.columns + c * kLanes);
+        for (int m = 0; m < M; ++m) acc[m][c][u] += row * x[m][k + u];
+      }
+  for (; k < layout.inputs; ++k)
+    for (int c = 0; c < C; ++c) {
+      Vec row = load(a + k * layout.columns + c * kLanes);
+      for (int m = 0; m < M; ++m) acc[m][c][0] += row * x[m][k];
+    }
+  for (int m = 0; m < M; ++m)
+    for (int c = 0; c < C; ++c) {
+      Vec total = acc[m][c][0];
+      for (int u = 1; u < kUnroll; ++u) total += acc[m][c][u];
+      store(inner + m * layout.columns + c * kLanes, total);
+    }
+}
+
+// inner[m, 0:columns] = x[m] A for M tokens; A is read once, row after row, where its rows are short.
 template <int M, typename T>
 void project(const float* const* x, const T* a, float* inner, const Layout& layout, int64_t columns) {
-  constexpr int kUnroll = M >= 8 ? 1 : 8 / M;
-  for (int64_t column = 0; column < columns; column += kLanes) {
-    Vec acc[M][kUnroll] = {};
-    int64_t k = 0;
-    for (; k + kUnroll <= layout.inputs; k += kUnroll)
-      for (int u = 0; u < kUnroll; ++u) {
-        Vec row = load(a + (k + u) * layout.columns + column);
-        for (int m = 0; m < M; ++m) acc[m][u] += row * x[m][k + u];
+  int64_t column = 0;
+  for (; column + 2 * kLanes < columns; column += 3 * kLanes) project_some<M, 3>(x, a + column, inner + column, layout);
+  for (; column + kLanes < columns; column += 2 * kLanes) project_some<M, 2>(x, a + column, inner + column, layout);
+  if (column < columns) project_some<M, 1>(x, a + column, inner + column, layout);
+}
+
+// y[m, at:at + 64] += inner[m, 0:rank] b for M tokens; b [rank, 64].
+template <int M, typename T>
+void expand_tile(T* const* y, int64_t at, const float* inner, const T* b, int64_t inner_stride, int64_t rank) {
+  constexpr int N = M >= 8 ? 2 : 4;
+  for (int64_t first = 0; first < kTile; first += N * kLanes) {
+    Vec acc[M][N];
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) acc[m][n] = load(y[m] + at + first + n * kLanes);
+    for (int64_t j = 0; j < rank; ++j)
+      for (int n = 0; n < N; ++n) {
+        Vec row = load(b + j * kTile + first + n * kLanes);
+        for (int m = 0; m < M; ++m) acc[m][n] += row * inner[m * inner_stride + j];
       }
-    for (; k < layout.inputs; ++k) {
-      Vec row = load(a + k * layout.columns + column);
-      for (int m = 0; m < M; ++m) acc[m][0] += row * x[m][k];
-    }
-    for (int m = 0; m < M; ++m) {
-      Vec total = acc[m][0];
-      for (int u = 1; u < kUnroll; ++u) total += acc[m][u];
-      store(inner + m * layout.columns + column, total);
-    }
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) store(y[m] + at + first + n * kLanes, acc[m][n]);
   }
 }
 
-// y[m, 0:width] += inner[m, 0:rank] B for M tokens, N vectors of outputs at once.
-template <int M, int N, typename T>
-int64_t expand(T* const* y, const float* inner, const T* b, const Layout& layout, int64_t rank, int64_t at, int64_t width) {
-  for (; at + N * kLanes <= width; at += N * kLanes) {
-    Vec acc[M][N];
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) acc[m][n] = load(y[m] + at + n * kLanes);
-    for (int64_t j = 0; j < rank; ++j) {
-      Vec row[N];
-      for (int n = 0; n < N; ++n) row[n] = load(b + j * layout.width + at + n * kLanes);
-      for (int m = 0; m < M; ++m)
-        for (int n = 0; n < N; ++n) acc[m][n] += row[n] * inner[m * layout.columns + j];
+// y[m, 0:width] += inner[m, 0:rank] B for M tokens. B lies in tiles of 64 columns, a tile's ranks one after another.
+template <int M, typename T>
+void expand(T* const* y, const float* inner, const T* b, const Layout& layout, int64_t rank, int64_t width) {
+  for (int64_t at = 0; at < width; at += kTile, b += rank * kTile) {
+    if (at + kTile <= width) {
+      expand_tile<M>(y, at, inner, b, layout.columns, rank);
+      continue;
     }
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) store(y[m] + at + n * kLanes, acc[m][n]);
+    for (int64_t o = at; o < width; ++o)
+      for (int m = 0; m < M; ++m) {
+        float total = static_cast<float>(y[m][o]);
+        for (int64_t j = 0; j < rank; ++j)
+          total += inner[m * layout.columns + j] * static_cast<float>(b[j * kTile + o - at]);
+        y[m][o] = static_cast<T>(total);
+      }
   }
-  return at;
 }
 
 template <int M, typename T>
@@ -89,23 +118,15 @@ void add_block(const T* x, int64_t x_stride, T* y, int64_t y_stride, const T* a,
     if (!rank) continue;
     T* out[M];
     for (int m = 0; m < M; ++m) out[m] = y + m * y_stride + layout.bounds[part];
-    const T* factor = b + first * layout.width;
-    int64_t at = expand<M, (M >= 8 ? 2 : 4)>(out, inner + first, factor, layout, rank, 0, width);
-    at = expand<M, 1>(out, inner + first, factor, layout, rank, at, width);
-    for (; at < width; ++at)
-      for (int m = 0; m < M; ++m) {
-        float total = static_cast<float>(out[m][at]);
-        for (int64_t j = 0; j < rank; ++j)
-          total += inner[m * layout.columns + first + j] * static_cast<float>(factor[j * layout.width + at]);
-        out[m][at] = static_cast<T>(total);
-      }
+    expand<M>(out, inner + first, b, layout, rank, width);
+    b += rank * ((width + kTile - 1) / kTile * kTile);
   }
 }
 
 template <typename T>
 void add_all(at::Tensor& y, const at::Tensor& x, const at::Tensor& a, const at::Tensor& b, const at::Tensor& ranks,
              const at::Tensor& bounds, const at::Tensor& segments) {
-  const Layout layout{a.size(1), a.size(2), b.size(2), ranks.size(1), bounds.data_ptr<int64_t>()};
+  const Layout layout{a.size(1), a.size(2), ranks.size(1), bounds.data_ptr<int64_t>()};
   struct Block {
     int64_t slot, first;
     int count;
@@ -143,12 +164,12 @@ void add_all(at::Tensor& y, const at::Tensor& x, const at::Tensor& a, const at::
   });
 }
 
-// y [T, outputs] and x [T, inputs] with contiguous rows; a [slots, inputs, columns], b [slots, columns, width];
+// y [T, outputs] and x [T, inputs] with contiguous rows; a [slots, inputs, columns]; b [slots, >= what the ranks need];
 // ranks [slots, parts]; bounds [parts + 1]; segments [n, 3] of (slot or -1, first token, token after the last).
 void lora_add(at::Tensor y, const at::Tensor& x, const at::Tensor& a, const at::Tensor& b, const at::Tensor& ranks,
               const at::Tensor& bounds, const at::Tensor& segments) {
   TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.stride(1) == 1 && y.stride(1) == 1, "rows must be contiguous");
-  TORCH_CHECK(a.is_contiguous() && b.is_contiguous() && a.size(2) == b.size(1) && a.size(2) % kLanes == 0, "factors");
+  TORCH_CHECK(a.is_contiguous() && b.is_contiguous() && a.size(0) == b.size(0) && a.size(2) % kLanes == 0, "factors");
   TORCH_CHECK(a.size(1) == x.size(1) && x.size(0) == y.size(0), "shapes of x, y and A differ");
   TORCH_CHECK(y.scalar_type() == x.scalar_type() && a.scalar_type() == x.scalar_type() &&
               b.scalar_type() == x.scalar_type(), "one type for all");

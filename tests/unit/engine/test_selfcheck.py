@@ -9,9 +9,8 @@ import torch
 
 from ftray.engine import paged
 from ftray.engine.api import Request, Sampling
-from ftray.engine.base import max_positions
-from ftray.engine.selfcheck import self_check
-from ftray.engine.torch_engine import TorchEngineConfig
+from ftray.engine.base import DeltaReader, max_positions
+from ftray.engine.torch_engine import Base, TorchEngineConfig
 from ftray.model.build import load_model
 from ftray.testing import tiny
 
@@ -49,15 +48,18 @@ def test_a_foreign_model_falls_back_aloud_and_answers_right(
         assert (rows.max(-1).values - chosen <= 1e-3).all()
 
 
-def test_a_wrong_window_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("swap", [True, False])
+def test_a_wrong_window_is_seen(swap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny.tiny_base(tmp_path / "base", "mistral")
-    model = load_model(base, attn=paged.NAME)
     config = TorchEngineConfig()
-    assert self_check(model, config._runner, max_positions(model.config)) is None
-    monkeypatch.setattr(paged.Step, "prompt_mask", lambda self, prompt, window: _causal(prompt))
-    problem = self_check(model, config._runner, max_positions(model.config))
-    assert problem is not None
-    assert "differ" in problem
+
+    def problem() -> str | None:
+        model = load_model(base, attn=paged.NAME)
+        return config.check(Base(model, DeltaReader(model, None)), swap=swap)
+
+    assert problem() is None
+    monkeypatch.setattr(paged.Prompt, "mask", lambda self, window: _causal(self))
+    assert "differ" in (problem() or "")
 
 
 def _causal(prompt: paged.Prompt) -> torch.Tensor:

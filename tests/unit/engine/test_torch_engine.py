@@ -218,7 +218,7 @@ def test_deltas_come_and_go(tiny_base: Path, tiny_adapters: dict[str, Path]) -> 
 def test_what_an_earlier_owner_left_in_the_cache_does_not_matter(tiny_base: Path) -> None:
     engine = build(tiny_base, {}, prefix_cache=False)
     clean = engine.generate([ask("x", prompt=50)])[0].token_ids
-    for part in (part for layer in engine._runner.cache._layers.values() for part in layer):  # type: ignore[attr-defined]
+    for part in (part for layer in engine._runner.cache._layers.values() for part in layer[:2]):  # type: ignore[attr-defined]
         with torch.inference_mode():
             part[: -engine.scheduler.block_size] = float("nan")
     assert engine.generate([ask("x", prompt=50), ask("y", prompt=3)])[0].token_ids == clean
@@ -233,7 +233,7 @@ def test_a_cache_that_does_not_fit_is_refused_at_load(tiny_base: Path) -> None:
 def test_the_whole_cache_is_there_before_the_first_request(tiny_base: Path) -> None:
     engine = build(tiny_base, {}, kv_cache_tokens=4096)
     layers = engine._runner.cache._layers.values()  # type: ignore[attr-defined]
-    assert [part.shape[0] for layer in layers for part in layer] == [4096 + 16] * 4
+    assert [part.shape[0] for layer in layers for part in layer[:2]] == [4096 + 16] * 4
 
 
 def test_bfloat16_answers(tiny_base: Path, tiny_adapters: dict[str, Path]) -> None:
