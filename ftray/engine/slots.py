@@ -252,7 +252,7 @@ class Slots:
         """Keep it in memory, at the cost of those not asked for longest that nobody waits for."""
         self._kept[entry] = None
         self._kept.move_to_end(entry)
-        idle = [other for other in self._kept if not other.in_flight and other is not entry]
+        idle = [other for other in self._kept if not other.in_flight]
         for other in idle[: max(0, len(self._kept) - self.max_host)]:
             del self._kept[other]
             other.host = None
