@@ -74,22 +74,31 @@ class ClusterError(FtrayError):
 class RequestError(FtrayError):
     """An inference request that cannot be answered.
 
-    `status` is the HTTP status, `code` the machine-readable code of OpenAI's error object and `param`
-    the request field it speaks of.
+    `status` is the HTTP status, `code` the machine-readable code of OpenAI's error object, `param` the request
+    field it speaks of, and `retry_after_s` when a 429 or 503 is worth another try.
     """
 
     def __init__(
-        self, message: str, *, status: int = 400, code: str = "invalid_request", param: str | None = None
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        code: str = "invalid_request",
+        param: str | None = None,
+        retry_after_s: int = 1,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.param = param
+        self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions pickle by their positional arguments; ours are keyword-only and must cross processes.
-        return (_rebuild_request_error, (str(self), self.status, self.code, self.param))
+        return (_rebuild_request_error, (str(self), self.status, self.code, self.param, self.retry_after_s))
 
 
-def _rebuild_request_error(message: str, status: int, code: str, param: str | None) -> RequestError:
-    return RequestError(message, status=status, code=code, param=param)
+def _rebuild_request_error(
+    message: str, status: int, code: str, param: str | None, retry_after_s: int
+) -> RequestError:
+    return RequestError(message, status=status, code=code, param=param, retry_after_s=retry_after_s)

@@ -95,12 +95,14 @@ def replace_dir(final: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file atomically and durably."""
+def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    """Replace a file atomically and durably; `mode` are its permissions, else those of a new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
     try:
         with naming(path), tmp.open("wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -125,9 +127,9 @@ def write_new_json(path: Path, value: Any) -> None:
         aside.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically and durably."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+def write_json(path: Path, value: Any, *, mode: int | None = None) -> None:
+    """Replace a JSON file atomically and durably; `mode` as in `write_bytes`."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), mode=mode)
 
 
 def read_json(path: Path) -> Any:

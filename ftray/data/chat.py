@@ -10,6 +10,7 @@ A special token spelt out in a message is text of that message: it never ends a 
 
 import datetime
 import functools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -101,11 +102,17 @@ class ChatTemplate:
             done = context + answer
         return documents
 
-    def prompt(self, messages: Sequence[dict[str, str]]) -> Segment:
+    def prompt(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+    ) -> Segment:
         """The context of the answer that would follow: what a server encodes. Raises as `documents`."""
-        texts, marks = self._mark([message["content"] for message in messages])
-        marked = [_as_served({**m, "content": text}) for m, text in zip(messages, texts, strict=True)]
-        return _segment(self._render(marked, generation_prompt=True), 0.0, marks)
+        # As JSON, so that no special token is read out of a tool's description or a call's arguments either.
+        texts, marks = self._mark([json.dumps([messages, tools], ensure_ascii=False)])
+        turns, marked_tools = json.loads(texts[0])
+        context = self._render([_as_served(turn) for turn in turns], marked_tools, generation_prompt=True)
+        if not all(_function_name(tool) in context for tool in marked_tools or []):
+            raise BadRow("it leaves `tools` out")
+        return _segment(context, 0.0, marks)
 
     def check(self) -> None:
         """Refuse a template that no conversation can be learnt with. Raises `DataError`, one line."""

@@ -137,13 +137,15 @@ class Tokeniser:
         """The document of a row's last (or chosen) answer, which is the last segment. Raises as `documents`."""
         return self.documents(row)[0 if row.shape == PAIR else -1]
 
-    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
         """Tokens before the answer to some messages (`role`, `content`), as training has them.
 
         Raises:
             BadRow: if the chat template refuses them.
         """
-        return self.encode([[self.chat.prompt(messages)]])[0][0]
+        return self.encode([[self.chat.prompt(messages, tools)]])[0][0]
 
     def encode(self, documents: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
         """Token ids of every segment of every document."""

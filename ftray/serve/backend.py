@@ -17,13 +17,18 @@ class ServedModel:
     """What it is exactly: `name@version`, or the base's name."""
     digest: str
     """Digest of what answers; also the delta's name inside the engine."""
-    folder: str | None = None
-    """The delta's folder; None: the base."""
+    is_base: bool = False
+    """Whether it is the base itself."""
 
     @property
     def delta(self) -> str | None:
-        """The delta's name inside the engine."""
-        return None if self.folder is None else self.digest
+        """The delta's name inside the engine; None: the base."""
+        return None if self.is_base else self.digest
+
+    @property
+    def name(self) -> str:
+        """The delta's name alone, whichever version."""
+        return self.ref.partition("@")[0]
 
 
 class Unavailable(Exception):

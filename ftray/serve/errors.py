@@ -4,7 +4,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from ftray.core.errors import RequestError
+from ftray.core.errors import FtrayError, RequestError
 from ftray.serve.backend import Unavailable
 from ftray.serve.replies import error_body
 from ftray.serve.stream import ClientGone
@@ -13,6 +13,7 @@ from ftray.serve.stream import ClientGone
 def install(app: FastAPI) -> None:
     """Answer every exception of the handlers in OpenAI's shape."""
     app.add_exception_handler(RequestError, _on_request_error)
+    app.add_exception_handler(FtrayError, _on_mistake)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientGone, _on_client_gone)
     app.add_exception_handler(Unavailable, _on_unavailable)
@@ -31,7 +32,7 @@ def unavailable(message: str) -> RequestError:
 
 def response(error: RequestError) -> Response:
     """An error as a response."""
-    headers = {"retry-after": "1"} if error.status in (429, 503) else {}
+    headers = {"retry-after": str(error.retry_after_s)} if error.status in (429, 503) else {}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
@@ -40,6 +41,10 @@ def response(error: RequestError) -> Response:
 async def _on_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     return response(error)
+
+
+async def _on_mistake(request: Request, error: Exception) -> Response:
+    return response(RequestError(" ".join(str(error).split())))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

@@ -1,31 +1,34 @@
 """The HTTP API, OpenAI's as far as it is built, over whatever generates."""
 
 import asyncio
-import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from ftray.core.errors import RequestError
 from ftray.engine import api
-from ftray.serve import errors, schema, stream
-from ftray.serve.backend import Backend, ServedModel, Unavailable
+from ftray.serve import errors, openapi, schema, stream
+from ftray.serve.answers import Answers, Outputs, outputs_of
+from ftray.serve.backend import Backend, Unavailable
+from ftray.serve.choices import Choice, Echo
+from ftray.serve.exchange import Exchange
+from ftray.serve.front import Front
 from ftray.serve.limits import Bodies, Deadline
-from ftray.serve.metrics import UNKNOWN, Metrics
+from ftray.serve.metrics import Metrics
 from ftray.serve.prompts import Prompts
-from ftray.serve.replies import Reply, error_body, model_card
-from ftray.serve.tenants import Access
-
-logger = logging.getLogger(__name__)
+from ftray.serve.quota import Gate
+from ftray.serve.replies import Reply, model_card
+from ftray.serve.shell import METRICS_PATH, Shell
+from ftray.serve.tenants import Caller
+from ftray.serve.toolcalls import ToolCalls
+from ftray.serve.usage import UsageLog
 
 _INLINE_BODY_BYTES = 32 * 2**10
-_OPEN_PATHS = frozenset({"/healthz"})
-_METRICS_PATH = "/metrics"
 _CHAT_MAX_TOKENS = 1024
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default of this endpoint
 
@@ -33,66 +36,35 @@ Body = schema.ChatBody | schema.CompletionBody
 
 
 def create_app(
-    models: Sequence[ServedModel],
+    front: Front,
     prompts: Prompts,
     backend: Backend,
-    access: Access,
+    gate: Gate,
+    usage: UsageLog,
     *,
     request_timeout_s: float = 300.0,
 ) -> ASGIApp:
     """Build the application.
 
     Args:
-        models: what is served.
+        front: what is served, and to whom; it may change while the application runs.
         prompts: turns messages and texts into tokens.
         backend: generates.
-        access: who may use what.
+        gate: admits requests within their tenants' quotas.
+        usage: where requests are written down.
         request_timeout_s: longest time from a request's arrival to its last token.
     """
-    endpoint = _Endpoint(models, prompts, backend, access, request_timeout_s)
+    endpoint = _Endpoint(front, prompts, backend, gate, usage, request_timeout_s)
     app = FastAPI(title="ftray", docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
     app.add_api_route("/healthz", endpoint.health, methods=["GET"])
-    app.add_api_route(_METRICS_PATH, endpoint.metrics_text, methods=["GET"])
+    app.add_api_route(METRICS_PATH, endpoint.metrics_text, methods=["GET"])
+    app.add_api_route("/openapi.json", endpoint.openapi, methods=["GET"])
     app.add_api_route("/v1/models", endpoint.list_models, methods=["GET"])
     app.add_api_route("/v1/models/{name}", endpoint.show_model, methods=["GET"])
     app.add_api_route("/v1/chat/completions", endpoint.chat, methods=["POST"])
     app.add_api_route("/v1/completions", endpoint.complete, methods=["POST"])
-    return _Shell(app, access)
-
-
-class _Shell:
-    """Outermost: authenticates every path but the open ones, and turns our own mistakes into a plain 500."""
-
-    def __init__(self, app: ASGIApp, access: Access) -> None:
-        self._app = app
-        self._access = access
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = False
-
-        async def watched(message: Any) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            if scope["path"] not in _OPEN_PATHS:
-                headers = dict(scope["headers"])
-                key = headers.get(b"authorization", b"").decode("latin-1")
-                tenant = self._access.authenticate(key, metrics=scope["path"] == _METRICS_PATH)
-                scope.setdefault("state", {})["tenant"] = tenant
-            await self._app(scope, receive, watched)
-        except RequestError as error:
-            await errors.response(error)(scope, receive, send)
-        except Exception as error:
-            # Neither client nor log gets the message: it may quote a prompt.
-            logger.error("internal error on %s: %s", scope["path"], errors.described(error))
-            if not started:
-                await errors.response(errors.internal())(scope, receive, send)
+    return Shell(app, front)
 
 
 class _Endpoint:
@@ -100,23 +72,28 @@ class _Endpoint:
 
     def __init__(
         self,
-        models: Sequence[ServedModel],
+        front: Front,
         prompts: Prompts,
         backend: Backend,
-        access: Access,
+        gate: Gate,
+        usage: UsageLog,
         request_timeout_s: float,
     ) -> None:
+        self._front = front
         self._prompts = prompts
         self._backend = backend
-        self._access = access
+        self._gate = gate
+        self._usage = usage
         self._timeout_s = request_timeout_s
         self._bodies = Bodies()
         self._created = int(time.time())
         self._metrics = Metrics()
-        self._known = frozenset(model.id for model in models)
 
     async def health(self) -> Response:
-        """200 while the engine answers."""
+        """200 while the engine answers and there is something to serve."""
+        self._front.check_open()
+        if not self._front.view.models:
+            raise Unavailable("nothing is loaded yet")
         await self._backend.stats()
         info = await self._backend.info()
         return JSONResponse({"status": "ok", "engine": info.engine})
@@ -124,18 +101,25 @@ class _Endpoint:
     async def metrics_text(self, request: Request) -> Response:
         """Prometheus text."""
         self._metrics.observe_engine(await self._backend.stats())
-        tenant = request.state.tenant
-        visible = None if tenant is None else [model.id for model in self._access.models(tenant)]
-        return Response(self._metrics.render(visible), media_type="text/plain; version=0.0.4; charset=utf-8")
+        tenant: Caller = request.state.caller
+        text = self._metrics.render(tenant.name or None)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def openapi(self) -> Response:
+        """What this API takes, as OpenAPI."""
+        return JSONResponse(openapi.document())
 
     async def list_models(self, request: Request) -> Response:
         """What this tenant may name."""
-        cards = [model_card(model, self._created) for model in self._access.models(request.state.tenant)]
-        return JSONResponse({"object": "list", "data": cards})
+        models = self._front.access.models(request.state.caller)
+        return JSONResponse(
+            {"object": "list", "data": [model_card(model, self._created) for model in models]}
+        )
 
     async def show_model(self, request: Request, name: str) -> Response:
         """One model."""
-        return JSONResponse(model_card(self._access.find(request.state.tenant, name), self._created))
+        model = self._front.access.find(request.state.caller, name)
+        return JSONResponse(model_card(model, self._created))
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
@@ -146,19 +130,19 @@ class _Endpoint:
         return await self._counted(request, schema.CompletionBody)
 
     async def _counted(self, request: Request, cls: Any) -> Response:
-        label, status, deadline = UNKNOWN, 500, Deadline(self._timeout_s)
+        """Answer a request and write it down, whatever becomes of it."""
+        exchange = Exchange(
+            uuid.uuid4().hex,
+            request.state.caller,
+            Deadline(self._timeout_s),
+            self._front.in_flight,
+            self._metrics,
+            self._usage,
+        )
+        status = 500
         try:
-            async with deadline.kept(), self._bodies.read(request) as data:
-                body = await _parsed(data, cls)
-                model = self._access.find(request.state.tenant, body.model)
-                label = model.id
-                inner = await self._prepared(body, model)
-                reply = Reply(inner.id, model, isinstance(body, schema.ChatBody), len(inner.prompt_ids))
-                usage = body.include_usage if body.stream else None
-                del data, body  # they may be large, and the answer may take long
-            response = await self._answer(request, inner, reply, usage, deadline)
+            response = await self._answered(request, exchange, cls)
             status = response.status_code
-            return response
         except RequestError as error:
             status = error.status
             raise
@@ -169,110 +153,105 @@ class _Endpoint:
             status = 499
             raise
         finally:
-            self._metrics.requests.labels(label if label in self._known else UNKNOWN, status).inc()
+            if status != 200 or not isinstance(response, stream.EventStream):
+                exchange.end(status)
+        return response
 
-    async def _prepared(self, body: Body, model: ServedModel) -> api.Request:
-        """What the engine is asked."""
-        info = await self._backend.info()
-        ids = await self._prompts.tokens(body, info.max_length)
+    async def _answered(self, request: Request, exchange: Exchange, cls: Any) -> Response:
+        self._front.check_open()
+        async with exchange.deadline.kept():
+            exchange.admission = await self._gate.enter(exchange.caller.tenant)
+            async with self._bodies.read(request) as data:
+                body = await _parsed(data, cls)
+                exchange.bind(self._front.access.find(exchange.caller, body.model))
+                answers = await self._prepared(body, exchange)
+                usage = body.include_usage if body.stream else None
+                del data, body  # they may be large, and the answer may take long
+        if usage is None:
+            return await stream.unless_gone(request.receive, answers.whole())
+        first = await stream.unless_gone(request.receive, answers.first())
+        events = answers.events(first, include_usage=usage)
+        return stream.EventStream(events, answers.reply.headers, lambda: exchange.end(answers.status))
+
+    async def _prepared(self, body: Body, exchange: Exchange) -> Answers:
+        """The answers to come; nothing is asked of an engine before they are read."""
+        assert exchange.model is not None
+        max_length = (await self._backend.info()).max_length
+        chat = isinstance(body, schema.ChatBody)
+        if isinstance(body, schema.ChatBody):
+            prompts = [await self._prompts.chat(body, max_length)]
+        else:
+            prompts = await self._prompts.completions(body, max_length)
+        requests = self._requests(body, prompts, exchange, max_length)
+        num_choices = sum(request.sampling.n for request in requests)
+        if num_choices > schema.MAX_CHOICES:
+            message = f"n: {num_choices} answers in one request; ask for at most {schema.MAX_CHOICES}"
+            raise RequestError(message, param="n")
+        exchange.usage.prompt_tokens = sum(len(prompt) for prompt in prompts)
+        answer_tokens = sum(request.sampling.max_tokens * request.sampling.n for request in requests)
+        assert exchange.admission is not None
+        await exchange.admission.reserve(exchange.usage.prompt_tokens + answer_tokens)
+        reply = Reply(exchange.id, exchange.model, chat, exchange.usage)
+        choices = [
+            choice
+            for number, request in enumerate(requests)
+            for choice in await self._choices(body, request, number)
+        ]
+        outputs = self._timed(requests, exchange)
+        return Answers(reply, choices, outputs, num_prompts=len(prompts))
+
+    def _requests(
+        self, body: Body, prompts: Sequence[list[int]], exchange: Exchange, max_length: int
+    ) -> list[api.Request]:
+        assert exchange.model is not None
         most = _CHAT_MAX_TOKENS if isinstance(body, schema.ChatBody) else _COMPLETION_MAX_TOKENS
-        sampling = body.sampling(min(max(1, info.max_length - len(ids)), most))
-        return api.Request(id=uuid.uuid4().hex, prompt_ids=ids, delta=model.delta, sampling=sampling)
+        tenant = exchange.caller.tenant
+        return [
+            api.Request(
+                id=f"{exchange.id}-{number}",
+                prompt_ids=prompt,
+                delta=exchange.model.delta,
+                sampling=body.sampling(min(max(1, max_length - len(prompt)), most)),
+                tenant=exchange.caller.name,
+                weight=tenant.weight if tenant else 1.0,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
 
-    async def _answer(
-        self,
-        request: Request,
-        inner: api.Request,
-        reply: Reply,
-        include_usage: bool | None,
-        deadline: Deadline,
-    ) -> Response:
-        """The whole answer if `include_usage` is None, else a stream of it."""
-        outputs = self._timed(inner, reply.model, deadline)
-        if include_usage is None:
-            return await stream.unless_gone(request.receive, _whole(reply, outputs))
-        # The first token is awaited here, so that whatever is refused gets a status and not a broken stream.
-        try:
-            first = await stream.unless_gone(request.receive, anext(outputs))
-        except BaseException:
-            await outputs.aclose()
-            raise
-        return stream.EventStream(_events(reply, first, outputs, include_usage), reply.headers)
+    async def _choices(self, body: Body, request: api.Request, number: int) -> list[Choice]:
+        """The answers to one prompt."""
+        echo, tools = None, []
+        if isinstance(body, schema.ChatBody):
+            tools = [tool.function.name for tool in body.active_tools]
+        elif body.echo:
+            text = await self._prompts.spell(list(request.prompt_ids))
+            echo = Echo(text=text, prompt_ids=request.prompt_ids, logprobs=body.logprobs is not None)
+        return [
+            Choice(
+                number * request.sampling.n + index,
+                self._prompts.texts,
+                chat=isinstance(body, schema.ChatBody),
+                echo=echo,
+                tool_calls=ToolCalls(tools, single=body.parallel_tool_calls is False)
+                if isinstance(body, schema.ChatBody) and tools
+                else None,
+            )
+            for index in range(request.sampling.n)
+        ]
 
-    async def _timed(
-        self, inner: api.Request, model: ServedModel, deadline: Deadline
-    ) -> AsyncGenerator[api.Output, None]:
-        """The backend's outputs, counted, within the time limit."""
-        tokens, first = self._metrics.tokens, True
-        outputs = self._backend.generate(inner)
-        self._metrics.in_flight.inc()
+    async def _timed(self, requests: Sequence[api.Request], exchange: Exchange) -> Outputs:
+        """The engines' outputs, within the time limit."""
+        outputs = outputs_of(self._backend, requests)
         try:
             while True:
-                async with deadline.kept():
-                    output = await anext(outputs, None)
-                if output is None:
+                async with exchange.deadline.kept():
+                    item = await anext(outputs, None)
+                if item is None:
                     return
-                if first:
-                    self._metrics.first_token.labels(model.id).observe(deadline.elapsed_s)
-                    tokens.labels(model.id, "prompt").inc(len(inner.prompt_ids))
-                    first = False
-                tokens.labels(model.id, "completion").inc(len(output.token_ids))
-                yield output
+                exchange.first_token()
+                yield item
         finally:
-            self._metrics.in_flight.dec()
             await outputs.aclose()
-
-
-async def _whole(reply: Reply, outputs: AsyncGenerator[api.Output, None]) -> Response:
-    parts, num_tokens, reason = [], 0, None
-    try:
-        async for output in outputs:
-            _raise_if_failed(output)
-            parts.append(output.text)
-            num_tokens += len(output.token_ids)
-            reason = output.finish_reason
-    finally:
-        await outputs.aclose()
-    if reason is None:
-        raise Unavailable("the answer ended early")
-    return JSONResponse(reply.whole("".join(parts), reason, num_tokens), headers=reply.headers)
-
-
-async def _events(
-    reply: Reply, first: api.Output, outputs: AsyncGenerator[api.Output, None], include_usage: bool
-) -> AsyncGenerator[bytes, None]:
-    """A stream's events. One that fails ends with an error event and without `[DONE]`."""
-    num_tokens, output = 0, first
-    try:
-        _raise_if_failed(first)
-        if reply.chat:
-            yield stream.event(reply.chunk("", role=True))
-        while True:
-            num_tokens += len(output.token_ids)
-            if output.text:
-                yield stream.event(reply.chunk(output.text))
-            if output.finish_reason is not None:
-                break
-            output = await anext(outputs)
-            _raise_if_failed(output)
-        yield stream.event(reply.chunk(None, output.finish_reason))
-        if include_usage:
-            yield stream.event(reply.usage_chunk(num_tokens))
-        yield stream.DONE
-    except RequestError as error:
-        yield stream.error_event(error_body(error))
-    except (Unavailable, StopAsyncIteration):
-        yield stream.error_event(error_body(errors.unavailable("the engine went away during the answer")))
-    except Exception as error:
-        logger.error("stream failed: %s", errors.described(error))
-        yield stream.error_event(error_body(errors.internal()))
-    finally:
-        await outputs.aclose()
-
-
-def _raise_if_failed(output: api.Output) -> None:
-    if output.finish_reason == "error":
-        raise RequestError(output.error or "the engine failed", status=500, code="generation_failed")
 
 
 async def _parsed(data: bytes, cls: type[schema.Body]) -> schema.Body:

@@ -44,7 +44,7 @@ class Bodies:
     """Reads request bodies, up to limits that hold whatever the headers say."""
 
     def __init__(self) -> None:
-        self._held: Counter[str | None] = Counter()
+        self._held: Counter[str] = Counter()
 
     @contextlib.asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
@@ -54,7 +54,7 @@ class Bodies:
             RequestError: 413 for one that is too large, 429 while the tenant has too many here.
             ClientGone: if the client leaves before it has sent all.
         """
-        tenant, parts, size = request.state.tenant, [], 0
+        tenant, parts, size = request.state.caller.name, [], 0
         try:
             async for part in request.stream():
                 size += len(part)

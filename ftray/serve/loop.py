@@ -28,6 +28,7 @@ class _Stream:
 
     loop: asyncio.AbstractEventLoop
     queue: "asyncio.Queue[Output | Exception]"
+    num_answers: int
 
 
 class EngineLoop:
@@ -35,12 +36,12 @@ class EngineLoop:
 
     Args:
         engine: owned by the thread from `start` on.
-        max_requests: requests held at once, running and waiting; more are refused with 429.
+        max_answers: answers held at once, running and waiting; more are refused with 429.
     """
 
-    def __init__(self, engine: Engine, max_requests: int) -> None:
+    def __init__(self, engine: Engine, max_answers: int) -> None:
         self._engine = engine
-        self._max_requests = max_requests
+        self._max_answers = max_answers
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -75,23 +76,23 @@ class EngineLoop:
             raise Unavailable("the engine has stopped or fails at every step")
         return await self.call(lambda engine: engine.stats())
 
-    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
-        """See `Backend.generate`."""
+    async def generate(self, request: Request, *, beyond_limit: bool = False) -> AsyncGenerator[Output, None]:
+        """See `Backend.generate`; `beyond_limit` lets our own few requests in when there is no place left."""
         if not self.healthy:
             raise Unavailable("the engine has stopped")
-        if len(self._streams) >= self._max_requests:
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), request.sampling.n)
+        held = sum(other.num_answers for other in self._streams.values())
+        if held + stream.num_answers > self._max_answers and not beyond_limit:
             raise RequestError("the endpoint is full; try again shortly", status=429, code="overloaded")
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
         self._streams[request.id] = stream
-        finished = False
+        going = stream.num_answers
         try:
             self._post(lambda: self._add(request))
-            while not finished:
+            while going:
                 item = await stream.queue.get()
                 if isinstance(item, Exception):
-                    finished = True
                     raise item
-                finished = item.finish_reason is not None
+                going = 0 if item.finish_reason == "error" else going - (item.finish_reason is not None)
                 yield item
         finally:
             self._streams.pop(request.id, None)

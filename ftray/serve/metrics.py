@@ -1,6 +1,6 @@
-"""Prometheus metrics. Labels are model ids that are served and HTTP statuses: their number is bounded."""
+"""Prometheus metrics of one HTTP front, with a bounded number of series."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
@@ -9,19 +9,26 @@ from ftray.engine.api import EngineStats
 
 UNKNOWN = "unknown"
 """Model label of requests that name no served model."""
+OTHER = "other"
+"""Model label of tenants and models beyond the bound."""
+MAX_PAIRS = 2000
+"""Most pairs of tenant and model that have series of their own."""
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class Metrics:
-    """What one HTTP front has seen."""
+    """What one HTTP front has seen. Labels are tenants, model ids that are served and HTTP statuses."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "ftray_requests", "Requests answered.", ["model", "status"], registry=registry
+        self._pairs: set[tuple[str, str]] = set()
+        self._requests = Counter(
+            "ftray_requests", "Requests answered.", ["tenant", "model", "status"], registry=registry
         )
-        self.tokens = Counter("ftray_tokens", "Tokens by kind.", ["model", "kind"], registry=registry)
+        self._tokens = Counter(
+            "ftray_tokens", "Tokens by kind.", ["tenant", "model", "kind"], registry=registry
+        )
         self.first_token = Histogram(
             "ftray_time_to_first_token_seconds",
             "Seconds from a request's arrival to its first token.",
@@ -33,36 +40,52 @@ class Metrics:
         self._engine = {
             name: Gauge(f"ftray_engine_{name}", help_, registry=registry)
             for name, help_ in (
-                ("running", "Requests that hold a row."),
-                ("waiting", "Requests that wait for a row."),
-                ("blocks_used", "KV blocks that belong to a request."),
+                ("running", "Answers that hold a row."),
+                ("waiting", "Answers that wait for a row."),
+                ("blocks_used", "KV blocks that belong to an answer."),
                 ("blocks_total", "KV blocks."),
+                ("slots_used", "Deltas in place."),
+                ("slots_total", "Deltas that fit in place."),
             )
         }
+
+    def count(self, tenant: str, model: str, status: int, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count one request that has ended."""
+        model = self._bounded(tenant, model)
+        self._requests.labels(tenant, model, status).inc()
+        for kind, amount in (("prompt", prompt_tokens), ("completion", completion_tokens)):
+            if amount:
+                self._tokens.labels(tenant, model, kind).inc(amount)
 
     def observe_engine(self, stats: EngineStats) -> None:
         """Take over an engine's load; with several replicas, that of the one which was asked."""
         for name, gauge in self._engine.items():
             gauge.set(getattr(stats, name))
 
-    def render(self, visible: Iterable[str] | None) -> bytes:
-        """The text format; with `visible`, the series of these models alone."""
-        if visible is None:
+    def render(self, tenant: str | None) -> bytes:
+        """The text format; of one tenant the series with its name alone."""
+        if tenant is None:
             return generate_latest(self._registry)
-        return generate_latest(_Visible(self._registry, frozenset(visible)))
+        return generate_latest(_Visible(self._registry, tenant))
+
+    def _bounded(self, tenant: str, model: str) -> str:
+        if (tenant, model) not in self._pairs and len(self._pairs) >= MAX_PAIRS:
+            return OTHER
+        self._pairs.add((tenant, model))
+        return model
 
 
 class _Visible:
-    """A registry as one tenant may see it."""
+    """A registry as one tenant may see it: without what others do."""
 
-    def __init__(self, registry: CollectorRegistry, models: frozenset[str]) -> None:
+    def __init__(self, registry: CollectorRegistry, tenant: str) -> None:
         self._registry = registry
-        self._models = models
+        self._tenant = tenant
 
     def collect(self) -> Iterator[Metric]:
         for metric in self._registry.collect():
             metric.samples = [
-                sample for sample in metric.samples if sample.labels.get("model") in self._models
+                sample for sample in metric.samples if sample.labels.get("tenant") == self._tenant
             ]
             if metric.samples:
                 yield metric

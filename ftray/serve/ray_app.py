@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,26 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
-from ray.serve.config import HTTPOptions
+from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from ftray.config.load import load
 from ftray.config.serve import ServeConfig
-from ftray.core.errors import ClusterError, ConfigError
-from ftray.core.spec import replace
+from ftray.core.errors import ClusterError, ConfigError, DeltaError
+from ftray.core.spec import dump, replace
 from ftray.model.folder import resolve_folder
 from ftray.serve.backend import ServedModel
 from ftray.serve.models import resolve_models
+from ftray.serve.ray_control import ControlReplica
 from ftray.serve.ray_head import free_port, on_head, url_of, wait_healthy
 from ftray.serve.ray_ingress import Ingress
 from ftray.serve.ray_replica import EngineReplica
 
 _APP = "ftray"
 _HEALTHY_WITHIN_S = 60.0
+_ERRORS_OUT_S = 5.0
+"""How long streams that are ended have for the error that says so."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,16 @@ class Handle:
     url: str
     """Where it answers, without `/v1`."""
     models: list[ServedModel]
-    """What it serves."""
+    """What it served at the start."""
+    admin_port: int | None = None
+    """Port of the admin API on the head node's loopback."""
+    drain_timeout_s: float = 30.0
+    """How long `stop` lets answers in flight go on."""
 
     def stop(self) -> None:
-        """Let answers in flight end for up to five seconds, then stop what serves; other applications stay."""
+        """Take no more requests, let those in flight end, then stop what serves; other applications stay."""
+        with contextlib.suppress(RayError, RayServeException, RuntimeError):
+            _drain(self.drain_timeout_s)
         _stop()
 
 
@@ -53,19 +64,38 @@ def build(args: dict[str, str]) -> Application:
     if set(args) != {"config"}:
         raise ConfigError(f"args: {sorted(args)} is refused; write `args: {{config: path/to/serve.yaml}}`")
     config = load(ServeConfig, args["config"])
-    if not config.tenants:
+    if not config.asks_for_keys:
         raise ConfigError(f"{args['config']}: tenants: missing; whoever reaches the deployer's port may ask")
-    return _application(config, resolve_models(config))
+    resolve_models(config)
+    return _application(config)
 
 
-def _application(config: ServeConfig, models: list[ServedModel]) -> Application:
+def _application(config: ServeConfig) -> Application:
     if Path(config.base).expanduser().is_dir():  # replicas have working folders of their own
         config = replace(config, "base", str(resolve_folder(config.base)))
+    for field in ("registry", "tenants_file", "usage_folder"):
+        value = getattr(config, field)
+        if value and "://" not in value:
+            config = replace(config, field, str(Path(value).expanduser().resolve()))
+    control = ControlReplica.bind(config)  # type: ignore[attr-defined]
     engine = EngineReplica.options(  # type: ignore[attr-defined]
-        num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
-    ).bind(config, models)
-    return Ingress.bind(config, models, engine)  # type: ignore[attr-defined]
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        **_copies(config),
+    ).bind(config, control)
+    http = Ingress.options(  # type: ignore[attr-defined]
+        num_replicas=config.num_http_replicas,
+        # An engine's end comes first, so that a front is there to tell its clients.
+        graceful_shutdown_timeout_s=config.drain_timeout_s + _ERRORS_OUT_S,
+    )
+    return http.bind(config, engine, control)
+
+
+def _copies(config: ServeConfig) -> dict[str, Any]:
+    """How many engine replicas there are, in Ray Serve's words."""
+    if config.autoscale is None:
+        return {"num_replicas": config.num_replicas}
+    return {"autoscaling_config": AutoscalingConfig(**dump(config.autoscale))}
 
 
 def run(config: ServeConfig) -> Handle:
@@ -90,9 +120,14 @@ def run(config: ServeConfig) -> Handle:
             http_options=HTTPOptions(host=config.host, port=port),
             logging_config=quiet,
         )
-        serve.run(_application(config, models), name=_APP, route_prefix="/", logging_config=quiet)
-        handle = Handle(url_of(config.host, port), models)
-        on_head(wait_healthy, handle.url, _HEALTHY_WITHIN_S)
+        serve.run(_application(config), name=_APP, route_prefix="/", logging_config=quiet)
+        url = url_of(config.host, port)
+        on_head(wait_healthy, url, _HEALTHY_WITHIN_S)
+        admin = _wait_loaded(models, _HEALTHY_WITHIN_S)
+        handle = Handle(url, models, admin, config.drain_timeout_s)
+    except DeltaError:
+        _stop()
+        raise
     except (RayError, RuntimeError, TimeoutError) as error:
         with contextlib.suppress(RayError, RuntimeError):
             _stop()
@@ -100,6 +135,37 @@ def run(config: ServeConfig) -> Handle:
         reason = lines[-1][:300] if lines else type(error).__name__
         raise ClusterError(f"serve: Ray Serve could not start the endpoint: {reason}") from error
     return handle
+
+
+def _wait_loaded(models: list[ServedModel], within_s: float) -> int | None:
+    """Wait until everything is live; returns the admin API's port. Raises `DeltaError` for what is refused."""
+    control = serve.get_deployment_handle("control", _APP)
+    until = time.monotonic() + within_s
+    while True:
+        status: Any = control.status.remote().result(timeout_s=30)
+        for row in status["rejected"]:
+            raise DeltaError(f"deltas: {row['problem']}")
+        live = {row["id"] for row in status["models"]}
+        if live.issuperset(model.id for model in models):
+            port: int | None = status["admin_port"]
+            return port
+        if time.monotonic() > until:
+            raise TimeoutError(f"{', '.join(row['id'] for row in status['pending'])}: not loaded in time")
+        time.sleep(0.05)
+
+
+def _drain(within_s: float) -> None:
+    """Have the fronts take no more requests and wait for those they have; what is left then ends with an error."""
+    control = serve.get_deployment_handle("control", _APP)
+    until = time.monotonic() + within_s
+    ended = False
+    while control.drain.remote().result(timeout_s=5):
+        if time.monotonic() > until:
+            if ended:
+                return
+            control.end.remote().result(timeout_s=5)
+            ended, until = True, time.monotonic() + _ERRORS_OUT_S
+        time.sleep(0.1)
 
 
 def _port(config: ServeConfig) -> int:

@@ -1,7 +1,8 @@
 """The deployment that speaks HTTP and hands requests to the engine replicas."""
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from ray import serve
@@ -12,15 +13,20 @@ from starlette.types import ASGIApp
 
 from ftray.config.serve import ServeConfig
 from ftray.engine.api import EngineInfo, EngineStats, Output, Request
-from ftray.serve.backend import ServedModel, Unavailable
+from ftray.serve.backend import Unavailable
+from ftray.serve.follow import FrontFollower, repeat
+from ftray.serve.front import Front, View
 from ftray.serve.http import create_app
 from ftray.serve.prompts import Prompts
+from ftray.serve.quota import Gate
+from ftray.serve.ray_link import RayControl
 from ftray.serve.ray_replica import MAX_ONGOING, Gone, Refused
-from ftray.serve.tenants import Access
+from ftray.serve.usage import UsageLog
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 2
+_ATTEMPTS = 3
+_PAUSE_S = 0.2
 
 
 class RayBackend:
@@ -31,7 +37,7 @@ class RayBackend:
         self._info: EngineInfo | None = None
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
-        """See `Backend.generate`. A request whose replica dies before its first token is tried once more."""
+        """See `Backend.generate`. A request whose replica dies before its first token is tried elsewhere."""
         for attempt in range(1, _ATTEMPTS + 1):
             started = False
             items: Any = self._engine.options(stream=True).generate.remote(request)
@@ -50,6 +56,7 @@ class RayBackend:
                 if started or attempt == _ATTEMPTS:
                     raise Unavailable("the engine went away") from error
                 logger.warning("a replica went away before the first token; trying another")
+                await asyncio.sleep(_PAUSE_S * (attempt - 1))
             finally:
                 items.cancel()
 
@@ -77,23 +84,32 @@ class RayBackend:
     name="http",
     max_ongoing_requests=MAX_ONGOING,
     ray_actor_options={"num_cpus": 0},
-    graceful_shutdown_timeout_s=5,
     graceful_shutdown_wait_loop_s=0.2,
 )
 @serve.ingress()
 class Ingress:
     """The HTTP API in front of the engine replicas; holds the tokenizer, not the model."""
 
-    def __init__(
-        self, config: ServeConfig, models: Sequence[ServedModel], engine: "DeploymentHandle[Any]"
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, config: ServeConfig, engine: "DeploymentHandle[Any]", control: "DeploymentHandle[Any]"
     ) -> None:
+        front = Front(
+            View(models=[]), keys=config.asks_for_keys, metrics_key_sha256=config.metrics_key_sha256
+        )
+        link = RayControl(control)
+        gate = Gate(link, front.name)
+        prompts = await asyncio.to_thread(lambda: Prompts(config.engine.load_tokenizer(config.base)))
         self._app = create_app(
-            models,
-            Prompts(config.engine.load_tokenizer(config.base)),
+            front,
+            prompts,
             RayBackend(engine),
-            Access(config.tenants, models, config.metrics_key_sha256),
+            gate,
+            UsageLog(config.usage_folder, front.name),
             request_timeout_s=config.request_timeout_s,
         )
+        follower = FrontFollower(front, gate, link)
+        await follower.follow()
+        self._following = asyncio.create_task(repeat(follower.follow, config.follow_s))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve after the constructor."""

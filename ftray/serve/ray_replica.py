@@ -1,19 +1,30 @@
 """The deployment that holds an engine: the base, its deltas and the thread that steps."""
 
+import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
 
 from ftray.config.serve import ServeConfig
 from ftray.core.errors import RequestError
 from ftray.engine.api import EngineInfo, EngineStats, Output, Request
-from ftray.serve.backend import ServedModel, Unavailable
+from ftray.registry.registry import Registry
+from ftray.serve.backend import Unavailable
 from ftray.serve.errors import described, internal
+from ftray.serve.follow import EngineFollower, repeat
+from ftray.serve.hold import Holder
 from ftray.serve.loop import EngineLoop
-from ftray.serve.models import load_models
+from ftray.serve.models import bring
+from ftray.serve.prompts import Prompts
+from ftray.serve.ray_link import RayControl
+from ftray.serve.ray_router import AffinityRouter
 
 logger = logging.getLogger(__name__)
 
@@ -40,28 +51,42 @@ def _refused(error: RequestError) -> Refused:
 
 
 class Gone:
-    """The engine of this replica has stopped; another may take the request if no token was sent."""
+    """This replica cannot answer now; another may take the request if no token was sent."""
 
 
 @serve.deployment(
     name="engine",
     max_ongoing_requests=MAX_ONGOING,
-    graceful_shutdown_timeout_s=5,
     graceful_shutdown_wait_loop_s=0.2,
     health_check_period_s=5,
     health_check_timeout_s=30,
+    request_router_config=RequestRouterConfig(request_router_class=AffinityRouter),  # type: ignore[arg-type]
 )
 class EngineReplica:
-    """One engine over one base."""
+    """One engine over one base; it is routed to once it holds what the others hold."""
 
-    def __init__(self, config: ServeConfig, models: Sequence[ServedModel]) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, config: ServeConfig, control: "DeploymentHandle[Any]"
+    ) -> None:
         torch.set_num_threads(max(1, int(config.num_cpus)))
-        engine = config.engine.build(config.base)
-        load_models(engine, models)
+        engine = await asyncio.to_thread(config.engine.build, config.base)
+        registry = Registry(config.registry)
         self._loop = EngineLoop(engine, config.engine.max_num_seqs + config.max_queued_requests).start()
+        prompts = Prompts(config.engine.load_tokenizer(config.base))
+        holder = Holder(self._loop, prompts, lambda model: bring(registry, model), config.golden)
+        self._follower = EngineFollower(self._loop, holder, RayControl(control))
+        await self._follower.follow()
+        self._following = asyncio.create_task(repeat(self._follower.follow, config.follow_s))
 
     async def generate(self, request: Request) -> AsyncGenerator[Output | Refused | Gone, None]:
         """Outputs of a request; a refusal, a stopped engine and a mistake of ours are said in band."""
+        if not self._follower.has(request.delta):
+            # It was switched to before this replica heard of it.
+            with contextlib.suppress(Unavailable):
+                await self._follower.follow()
+            if not self._follower.has(request.delta):
+                yield Gone()
+                return
         outputs = self._loop.generate(request)
         try:
             async for output in outputs:

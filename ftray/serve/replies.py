@@ -6,8 +6,32 @@ from typing import Any
 
 from ftray.core.errors import RequestError
 from ftray.serve.backend import ServedModel
+from ftray.serve.choices import Choice, Piece
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+@dataclass
+class Usage:
+    """Tokens of one request, counted as they come."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As OpenAI has it."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
 
 
 @dataclass(frozen=True)
@@ -17,49 +41,52 @@ class Reply:
     id: str
     model: ServedModel
     chat: bool
-    prompt_tokens: int
+    usage: Usage
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def headers(self) -> dict[str, str]:
         """Headers that say what answered."""
-        return {"x-ftray-digest": self.model.digest}
+        return {"x-ftray-digest": self.model.digest, "x-ftray-model": self.model.ref}
 
-    def whole(self, text: str, finish_reason: str, completion_tokens: int) -> dict[str, Any]:
+    def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """A complete answer."""
-        content = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}}
-            if self.chat
-            else {"text": text}
-        )
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+        rows = [self._choice(choice.index, choice.whole(), whole=True) for choice in choices]
         kind = "chat.completion" if self.chat else "text_completion"
-        return self._object(kind, [choice]) | {"usage": self.usage(completion_tokens)}
+        return self._object(kind, rows) | {"usage": self.usage.to_json()}
 
-    def chunk(
-        self, text: str | None, finish_reason: str | None = None, *, role: bool = False
-    ) -> dict[str, Any]:
+    def first_chunk(self, index: int) -> dict[str, Any]:
+        """The piece of a chat's stream that says whose turn it is."""
+        delta = {"role": "assistant", "content": ""}
+        return self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """A piece of a stream."""
-        delta: dict[str, str] = ({"role": "assistant"} if role else {}) | (
-            {"content": text} if text is not None else {}
-        )
-        content: dict[str, Any] = {"delta": delta} if self.chat else {"text": text or ""}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
-        return self._object("chat.completion.chunk" if self.chat else "text_completion", [choice])
+        return self._chunk([self._choice(index, piece, whole=False)])
 
-    def usage_chunk(self, completion_tokens: int) -> dict[str, Any]:
+    def usage_chunk(self) -> dict[str, Any]:
         """The last piece of a stream that was asked for token counts."""
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return self._object(kind, []) | {"usage": self.usage(completion_tokens)}
+        return self._chunk([]) | {"usage": self.usage.to_json()}
 
-    def usage(self, completion_tokens: int) -> dict[str, int]:
-        """Token counts."""
-        total = self.prompt_tokens + completion_tokens
+    def _choice(self, index: int, piece: Piece, *, whole: bool) -> dict[str, Any]:
+        content: dict[str, Any]
+        if not self.chat:
+            content = {"text": piece.text}
+        elif whole:
+            text = piece.text or (None if piece.tool_calls else "")
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            content = {"message": message | ({"tool_calls": piece.tool_calls} if piece.tool_calls else {})}
+        else:
+            content = {"delta": _delta(piece)}
         return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": total,
+            "index": index,
+            **content,
+            "logprobs": piece.logprobs,
+            "finish_reason": piece.finish_reason,
         }
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._object("chat.completion.chunk" if self.chat else "text_completion", choices)
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -70,6 +97,11 @@ class Reply:
             "system_fingerprint": self.model.digest,
             "choices": choices,
         }
+
+
+def _delta(piece: Piece) -> dict[str, Any]:
+    calls = [{"index": number, **call} for number, call in enumerate(piece.tool_calls)]
+    return ({"content": piece.text} if piece.text else {}) | ({"tool_calls": calls} if calls else {})
 
 
 def model_card(model: ServedModel, created: int) -> dict[str, Any]:

@@ -3,34 +3,29 @@
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from ftray.core.errors import RequestError
-from ftray.engine.api import Sampling
+from ftray.engine.request import MAX_LOGPROBS, Sampling
+from ftray.serve.messages import STRICT, Message, Tool
+
+MAX_CHOICES = 128
+"""Most answers in one response: prompts times `n`."""
 
 _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
-    "n": (1,),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none",),
-    "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -39,9 +34,7 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
 _NO_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "user"})
 """Fields that by OpenAI's definition do not change the answer."""
 
-_STRICT = ConfigDict(extra="forbid", strict=True)
-
-Body = TypeVar("Body", bound="_Common")
+Body = TypeVar("Body", bound="CommonBody")
 
 
 def _as_tuple(value: Any) -> Any:
@@ -58,33 +51,47 @@ Stop = Annotated[
 class StreamOptions(BaseModel):
     """What a stream carries besides text."""
 
-    model_config = _STRICT
+    model_config = STRICT
     include_usage: bool = False
 
 
-class _Common(BaseModel):
-    model_config = _STRICT
+class CommonBody(BaseModel):
+    """What both bodies have; the last six fields are not OpenAI's but vLLM's."""
+
+    model_config = STRICT
     model: str
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=0)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    top_k: int | None = Field(default=None, ge=0, lt=2**31)
+    min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10, allow_inf_nan=False)
+    min_tokens: int | None = Field(default=None, ge=0)
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(default=None, max_length=64)
+    ignore_eos: bool | None = None
 
     def sampling(self, default_max_tokens: int) -> Sampling:
         """The engine's settings; OpenAI's default temperature is 1."""
-        return Sampling(
-            max_tokens=self.max_tokens or default_max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            seed=self.seed,
-            stop=self.stop or (),
-        )
+        return Sampling(**self._sampling(default_max_tokens))
+
+    def _sampling(self, default_max_tokens: int) -> dict[str, Any]:
+        given = {name: getattr(self, name) for name in _PASSED_ON if getattr(self, name) is not None}
+        return {
+            "temperature": 1.0,
+            "max_tokens": default_max_tokens,
+            **given,
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+        }
 
     @model_validator(mode="after")
-    def _options_of_a_stream(self) -> "_Common":
+    def _options_of_a_stream(self) -> "CommonBody":
         if self.stream_options and not self.stream:
             raise PydanticCustomError("stream_options", "stream_options: only with `stream`; leave it out")
         return self
@@ -95,63 +102,66 @@ class _Common(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class TextPart(BaseModel):
-    """A piece of a message's content."""
-
-    model_config = _STRICT
-    type: Literal["text"]
-    text: str
+_PASSED_ON = (
+    "max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "n", "stop", "top_k",
+    "min_p", "repetition_penalty", "min_tokens", "ignore_eos",
+)  # fmt: skip
 
 
-class Message(BaseModel):
-    """One turn of a conversation."""
-
-    model_config = _STRICT
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
-        """Clients send an answer back as they got it, with fields such as `refusal` set to null."""
-        return (
-            {key: value for key, value in data.items() if value is not None}
-            if isinstance(data, dict)
-            else data
-        )
-
-    def plain(self) -> dict[str, str]:
-        """As chat templates take it: `developer` is OpenAI's newer word for `system`."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
-class ChatBody(_Common):
+class ChatBody(CommonBody):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: bool | None = None
 
-    def sampling(self, default_max_tokens: int) -> Sampling:
-        """The engine's settings; `max_completion_tokens` is OpenAI's newer name of `max_tokens`."""
+    @property
+    def active_tools(self) -> list[Tool]:
+        """The tools the answer may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @model_validator(mode="after")
+    def _logprobs_are_asked_for(self) -> "ChatBody":
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs: only with `logprobs`; set it")
+        if self.tool_choice == "auto" and not self.tools:
+            raise PydanticCustomError("tool_choice", "tool_choice: only with `tools`; leave it out")
+        return self
+
+    def _sampling(self, default_max_tokens: int) -> dict[str, Any]:
+        """`max_completion_tokens` is OpenAI's newer name of `max_tokens`."""
         if self.max_completion_tokens and self.max_tokens not in (None, self.max_completion_tokens):
             raise RequestError("max_tokens: differs from max_completion_tokens; send one", param="max_tokens")
-        return super().sampling(self.max_completion_tokens or default_max_tokens)
+        settings = super()._sampling(self.max_completion_tokens or default_max_tokens)
+        return settings | {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
 
 
-class CompletionBody(_Common):
+class CompletionBody(CommonBody):
     """Body of `POST /v1/completions`."""
 
-    prompt: str | list[int] | list[str]
+    prompt: str | list[int] | list[str] | list[list[int]]
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
-    def prompt_of_one(self) -> str | list[int]:
-        """The prompt: a text or token ids. Raises `RequestError` for several."""
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt: a text or token ids."""
         if isinstance(self.prompt, str):
-            return self.prompt
-        texts = [part for part in self.prompt if isinstance(part, str)]
-        if len(texts) > 1:
-            raise RequestError("prompt: several are not built; send one request each", param="prompt")
-        return texts[0] if texts else [part for part in self.prompt if isinstance(part, int)]
+            return [self.prompt]
+        if not self.prompt or isinstance(self.prompt[0], int):
+            return [[part for part in self.prompt if isinstance(part, int)]]
+        return [part for part in self.prompt if not isinstance(part, int)]
+
+    def _sampling(self, default_max_tokens: int) -> dict[str, Any]:
+        settings = super()._sampling(default_max_tokens) | {"logprobs": self.logprobs}
+        # With nothing to generate, the prompt is only scored.
+        if self.echo and (self.logprobs is not None or self.max_tokens == 0):
+            settings["prompt_logprobs"] = self.logprobs or 0
+        return settings
 
 
 def parse(body: bytes, cls: type[Body]) -> Body:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.responses import StreamingResponse
@@ -45,14 +45,17 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
 class EventStream(StreamingResponse):
     """A response of server-sent events that closes its source as soon as the client is gone.
 
-    The source's `aclose` runs whatever happens, so that the engine frees what the request holds.
+    The source's `aclose` runs whatever happens, so that the engine frees what the request holds, and then `on_end`.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], headers: dict[str, str], on_end: Callable[[], None]
+    ) -> None:
         # A proxy in between must pass events on as they come.
         headers = headers | {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events = events
+        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until they end or the client leaves."""
@@ -60,7 +63,10 @@ class EventStream(StreamingResponse):
             with contextlib.suppress(ClientGone, OSError):
                 await unless_gone(receive, self._send(send))
         finally:
-            await self._events.aclose()
+            try:
+                await self._events.aclose()
+            finally:
+                self._on_end()
 
     def _send(self, send: Send) -> Coroutine[Any, Any, None]:
         return self.stream_response(send)

@@ -190,7 +190,7 @@ def test_the_context_of_every_answer_is_what_the_server_encodes(tmp_path: Path, 
     tok = with_template(tmp_path, template)
     prompts = Prompts(tok.hf)
     for end in (2, 4):
-        served = asyncio.run(prompts.tokens(ChatBody(model="m", messages=CONVERSATION[:end]), 2048))
+        served = asyncio.run(prompts.chat(ChatBody(model="m", messages=CONVERSATION[:end]), 2048))
         found = run(tok, CONVERSATION[: end + 1]).documents
         trained = found.input_ids[-found.lens[-1] :].tolist()
         assert tok.prompt_ids(CONVERSATION[:end]) == served
@@ -211,7 +211,7 @@ def test_special_tokens_in_a_message_are_text(tmp_path: Path) -> None:
     )
     ids = run(tok, messages).documents.input_ids.tolist()
     body = ChatBody(model="m", messages=messages[:1])
-    served = asyncio.run(Prompts(tok.hf).tokens(body, 2048))
+    served = asyncio.run(Prompts(tok.hf).chat(body, 2048))
     assert served == tok.prompt_ids(messages[:1]) == ids[: len(served)], (
         "a server is told the same as training"
     )
@@ -284,7 +284,7 @@ def test_a_developer_is_the_system(tmp_path: Path) -> None:
     tok = with_template(tmp_path, GEMMA3)
     newer = [{"role": "developer", "content": "brief"}, *CONVERSATION[1:]]
     assert marked(tok, run(tok, newer)) == marked(tok, run(tok, CONVERSATION))
-    served = asyncio.run(Prompts(tok.hf).tokens(ChatBody(model="m", messages=newer[:2]), 2048))
+    served = asyncio.run(Prompts(tok.hf).chat(ChatBody(model="m", messages=newer[:2]), 2048))
     assert tok.prompt_ids(newer[:2]) == served
 
 

@@ -16,15 +16,17 @@ import uvicorn
 from ftray.config.serve import TenantConfig
 from ftray.engine.fake import FakeEngineConfig
 from ftray.serve.backend import ServedModel
+from ftray.serve.front import Front, View
 from ftray.serve.http import create_app
 from ftray.serve.loop import EngineLoop
 from ftray.serve.prompts import Prompts
-from ftray.serve.tenants import Access
+from ftray.serve.quota import Gate, Quotas
+from ftray.serve.usage import UsageLog
 
 MODELS = [
-    ServedModel(id="base", ref="tiny", digest="xxh3:base"),
-    ServedModel(id="alpha", ref="alpha@3", digest="xxh3:aaaa", folder="/deltas/alpha"),
-    ServedModel(id="beta@1", ref="beta@1", digest="xxh3:bbbb", folder="/deltas/beta"),
+    ServedModel(id="base", ref="tiny", digest="xxh3:base", is_base=True),
+    ServedModel(id="alpha", ref="alpha@3", digest="xxh3:aaaa"),
+    ServedModel(id="beta@1", ref="beta@1", digest="xxh3:bbbb"),
 ]
 
 ASK: list[Any] = [{"role": "user", "content": "hello"}]
@@ -43,6 +45,7 @@ class Server:
     url: str
     engine: Any
     loop: EngineLoop
+    front: Front
 
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
@@ -64,22 +67,27 @@ Serve = Callable[..., contextlib.AbstractContextManager[Server]]
 @contextlib.contextmanager
 def serving(
     tenants: list[TenantConfig] | None = None,
-    max_requests: int = 32,
+    max_answers: int = 32,
     timeout_s: float = 20.0,
     engine: Any = None,
     metrics_key_sha256: str | None = None,
+    usage_folder: str | None = None,
+    models: list[ServedModel] = MODELS,
     **settings: Any,
 ) -> Iterator[Server]:
     """Start an endpoint for the length of a block."""
     config = FakeEngineConfig(**settings)
     engine = engine or config.build("tiny")
-    for model in MODELS:
-        if model.folder:
-            engine.load_delta(model.digest, model.folder)
-    loop = EngineLoop(engine, max_requests).start()
-    access = Access(tenants or [], MODELS, metrics_key_sha256)
-    prompts = Prompts(config.load_tokenizer("tiny"))
-    app = create_app(MODELS, prompts, loop, access, request_timeout_s=timeout_s)
+    for model in models:
+        if model.delta:
+            engine.load_delta(model.delta, f"/deltas/{model.name}")
+    loop = EngineLoop(engine, max_answers).start()
+    front = Front(View(models=models, tenants=tenants or []), metrics_key_sha256=metrics_key_sha256)
+    quotas = Quotas()
+    quotas.set_tenants(tenants or [])
+    prompts = Prompts(engine.tokenizer)
+    usage = UsageLog(usage_folder, "front")
+    app = create_app(front, prompts, loop, Gate(quotas, "front"), usage, request_timeout_s=timeout_s)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
@@ -88,7 +96,7 @@ def serving(
         while not server.started:
             time.sleep(0.005)
         try:
-            yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, loop)
+            yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, loop, front)
         finally:
             server.should_exit = True
             thread.join(10)

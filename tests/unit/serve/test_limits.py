@@ -34,7 +34,7 @@ def test_a_client_that_leaves_frees_what_it_held(serve: Serve, stream: bool) -> 
 
 
 def test_overload_is_429_with_retry_after(serve: Serve) -> None:
-    with serve(text="x" * 40, step_s=0.01, max_requests=3, max_num_seqs=1) as server:
+    with serve(text="x" * 40, step_s=0.01, max_answers=3, max_num_seqs=1) as server:
         responses: list[httpx.Response] = []
         threads = [
             threading.Thread(
@@ -54,7 +54,7 @@ def test_overload_is_429_with_retry_after(serve: Serve) -> None:
 
 
 def test_the_client_of_openai_knows_a_full_endpoint(serve: Serve) -> None:
-    with serve(text="x" * 1000, step_s=0.02, max_requests=1) as server:
+    with serve(text="x" * 1000, step_s=0.02, max_answers=1) as server:
         stream = server.client().chat.completions.create(model="base", messages=ASK, stream=True)
         next(iter(stream))
         with pytest.raises(openai.RateLimitError) as caught:

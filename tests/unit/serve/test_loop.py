@@ -25,7 +25,7 @@ def engine(step_s: float = 0.0) -> StepEngine:
 
 @contextlib.asynccontextmanager
 async def running(engine: Any) -> AsyncIterator[EngineLoop]:
-    loop = EngineLoop(engine, max_requests=8).start()
+    loop = EngineLoop(engine, max_answers=8).start()
     try:
         yield loop
     finally:

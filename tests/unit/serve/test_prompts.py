@@ -9,8 +9,9 @@ import pytest
 
 from ftray.core.errors import RequestError
 from ftray.engine.fake import ByteTokenizer
+from ftray.serve.messages import Message
 from ftray.serve.prompts import Prompts
-from ftray.serve.schema import ChatBody, CompletionBody, Message
+from ftray.serve.schema import ChatBody, CompletionBody
 
 
 class Watched(ByteTokenizer):
@@ -33,6 +34,13 @@ class Watched(ByteTokenizer):
         return super().encode(text)
 
 
+async def tokens(prompts: Prompts, body: Any, limit: int) -> list[int]:
+    if isinstance(body, ChatBody):
+        return await prompts.chat(body, limit)
+    (ids,) = await prompts.completions(body, limit)
+    return ids
+
+
 def text(length: int) -> CompletionBody:
     return CompletionBody(model="base", prompt="x" * length)
 
@@ -44,11 +52,11 @@ def chat(number: int) -> ChatBody:
 def test_short_prompts_do_not_wait_for_a_long_one() -> None:
     async def scenario() -> None:
         prompts = Prompts(Watched())
-        long = asyncio.create_task(prompts.tokens(text(50_000), 50_000))
+        long = asyncio.create_task(tokens(prompts, text(50_000), 50_000))
         await asyncio.sleep(0.05)
         start = time.monotonic()
         for _ in range(3):
-            assert await prompts.tokens(text(3), 50_000) == [120] * 3
+            assert await tokens(prompts, text(3), 50_000) == [120] * 3
         assert time.monotonic() - start < 0.2
         assert not long.done()
         assert len(await long) == 50_000
@@ -59,7 +67,7 @@ def test_short_prompts_do_not_wait_for_a_long_one() -> None:
 @pytest.mark.parametrize("body", [text(10), text(30_000), chat(1), chat(30_000)])
 def test_nothing_is_tokenised_on_the_event_loop(body: Any) -> None:
     tokenizer = Watched()
-    asyncio.run(Prompts(tokenizer).tokens(body, 50_000))
+    asyncio.run(tokens(Prompts(tokenizer), body, 50_000))
     assert tokenizer.threads and threading.main_thread() not in tokenizer.threads
 
 
@@ -75,7 +83,7 @@ def test_nothing_is_tokenised_on_the_event_loop(body: Any) -> None:
 def test_what_cannot_fit_is_refused_before_any_work(body: Any, param: str) -> None:
     tokenizer = Watched()
     with pytest.raises(RequestError) as caught:
-        asyncio.run(Prompts(tokenizer).tokens(body, 100))
+        asyncio.run(tokens(Prompts(tokenizer), body, 100))
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", param)
     assert not tokenizer.threads
 
@@ -89,6 +97,6 @@ def test_a_long_token_may_stand_for_many_characters() -> None:
             return [300] * (len(text) // 8)
 
     prompts = Prompts(Merging())
-    assert len(asyncio.run(prompts.tokens(text(800), 100))) == 100
+    assert len(asyncio.run(tokens(prompts, text(800), 100))) == 100
     with pytest.raises(RequestError):
-        asyncio.run(prompts.tokens(text(801), 100))
+        asyncio.run(tokens(prompts, text(801), 100))

@@ -1,6 +1,7 @@
 """What passes between the HTTP front and a replica: whose mistake it was, and what is tried again."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from ftray.core.errors import RequestError
 from ftray.engine.api import Output, Request, Sampling
 from ftray.engine.fake import FakeEngineConfig
 from ftray.serve.backend import Unavailable
+from ftray.serve.control import Orders
 from ftray.serve.ray_ingress import RayBackend
 from ftray.serve.ray_replica import EngineReplica, Gone, Refused
 
@@ -20,17 +22,44 @@ OUTPUT = Output(id="r", text="x", token_ids=[120])
 LAST = Output(id="r", text="", token_ids=[121], finish_reason="stop")
 
 
+class Control:
+    """As much of the control's handle as a replica uses; it orders nothing."""
+
+    @property
+    def sync(self) -> "Control":
+        return self
+
+    async def remote(self, report: Any) -> Orders:
+        return Orders(hold=[], view=None)
+
+
+async def replica() -> Any:
+    config = ServeConfig(base="tiny", engine=FakeEngineConfig())
+    cls: Any = EngineReplica.func_or_class  # type: ignore[attr-defined]
+    made = cls.__new__(cls)
+    await made.__init__(config, Control())
+    return made
+
+
 def test_a_mistake_of_ours_is_said_in_band_without_its_words() -> None:
     async def scenario() -> list[Any]:
-        config = ServeConfig(base="tiny", engine=FakeEngineConfig())
-        replica = EngineReplica.func_or_class(config, [])  # type: ignore[attr-defined]
-        replica._loop._engine.add = _raising
-        return [item async for item in replica.generate(ASK)]
+        made = await replica()
+        made._loop._engine.add = _raising
+        return [item async for item in made.generate(ASK)]
 
     (item,) = asyncio.run(scenario())
     assert isinstance(item, Refused)
     assert item.status == 500
     assert "secret" not in item.message
+
+
+def test_a_delta_that_is_not_here_is_left_to_another_replica() -> None:
+    async def scenario() -> list[Any]:
+        made = await replica()
+        return [item async for item in made.generate(dataclasses.replace(ASK, delta="xxh3:unknown"))]
+
+    (item,) = asyncio.run(scenario())
+    assert isinstance(item, Gone)
 
 
 def _raising(*_: Any) -> None:
@@ -81,7 +110,7 @@ WRONG = Refused("no", 400, "invalid_request", None)
     [
         ([[ActorDiedError()], [OUTPUT, LAST]], [OUTPUT, LAST], 2),
         ([[Gone()], [OUTPUT, LAST]], [OUTPUT, LAST], 2),
-        ([[ActorDiedError()], [ActorDiedError()]], Unavailable, 2),
+        ([[ActorDiedError()], [Gone()], [ActorDiedError()]], Unavailable, 3),
         ([[OUTPUT, ActorDiedError()]], Unavailable, 1),
         ([[BUG]], ValueError, 1),
         ([[WRONG]], RequestError, 1),

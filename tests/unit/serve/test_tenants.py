@@ -11,7 +11,7 @@ from ftray.config.serve import ServeConfig, TenantConfig
 from ftray.core.errors import ConfigError
 from ftray.core.spec import parse
 from ftray.serve.backend import ServedModel
-from ftray.serve.tenants import Access
+from ftray.serve.tenants import EVERYBODY, Access
 
 from .conftest import MODELS, Serve
 
@@ -109,15 +109,15 @@ def test_a_metrics_key_must_be_one_of_its_own() -> None:
 
 
 def test_the_base_answers_to_one_name_only() -> None:
-    models = [ServedModel(id="base", ref="alpha", digest="x"), *MODELS[1:]]
-    assert Access([], models).find(None, "alpha").id == "alpha"
+    models = [ServedModel(id="base", ref="alpha", digest="x", is_base=True), *MODELS[1:]]
+    assert Access([], models).find(EVERYBODY, "alpha").id == "alpha"
 
 
 def test_tenants_that_cannot_be_told_apart_are_refused() -> None:
     with pytest.raises(ConfigError, match="key"):
         Access([tenant("ann", []), TenantConfig(name="bob", key_sha256=tenant("ann", []).key_sha256)], MODELS)
     with pytest.raises(ConfigError, match="not served"):
-        Access([tenant("ann", ["gamma"])], MODELS)
+        Access([tenant("ann", ["gamma"])], MODELS).check_deltas()
 
 
 def test_beyond_loopback_needs_tenants() -> None:
