@@ -72,6 +72,10 @@ METHODS: dict[str, dict[str, str]] = {
         "hf_generate": "ftray.engine.hf_generate:HFGenerateConfig",
         "fake": "ftray.engine.fake:FakeEngineConfig",
     },
+    "executor": {
+        "population": "ftray.tune.executor:Populations",
+        "trials": "ftray.tune.executor:Trials",
+    },
     "search": {
         "asha": "ftray.tune.asha:ASHA",
         "grid": "ftray.tune.grid:Grid",

@@ -31,6 +31,8 @@ class TuneConfig:
     """What the values must keep to: `{path: adapt.lora_alpha, at_least: adapt.r}`."""
     policy: Annotated[Any, Piece("search")] = Field(default="pbt", validate_default=True)
     """Who trains on, with what."""
+    executor: Annotated[Any, Piece("executor")] = Field(default="trials", validate_default=True)
+    """How members are trained: each in trials of its own, or many of them over one base in memory."""
     num_members: int | None = Field(default=None, ge=1)
     """Members of the population (of `tpe`: in all); null: 4, for `grid` all its points."""
     num_segments: int = Field(default=3, ge=1)

@@ -28,9 +28,14 @@ class Members:
 
 
 def shared_field(path: str) -> str | None:
-    """The field of `SHARED` that a dotted path of a recipe lies in, contains or is; None if members may differ."""
-    ours = (field for field in SHARED if _is_within(path, field) or _is_within(field, path))
-    return next(ours, None)
+    """The field of `SHARED` that a dotted path of a recipe is or lies in; None if members may differ there."""
+    return next((field for field in SHARED if path == field or path.startswith(field + ".")), None)
+
+
+def shared_settings(recipe: Recipe) -> dict[str, Any]:
+    """The values of the fields of `SHARED`."""
+    tree = dump(recipe)
+    return {field: _at(tree, field) for field in SHARED}
 
 
 def check_member(recipe: Recipe) -> None:
@@ -49,13 +54,12 @@ def check_member(recipe: Recipe) -> None:
 
 def check_same(first: Recipe, other: Recipe) -> None:
     """Refuse a member that differs from another in what they share. Raises `ConfigError`, one line."""
-    trees = dump(first), dump(other)
-    for field in SHARED:
-        one, two = (_at(tree, field) for tree in trees)
-        if one != two:
+    theirs = shared_settings(other)
+    for field, value in shared_settings(first).items():
+        if value != theirs[field]:
             raise ConfigError(
-                f"{field}: members of a population share it, but one has {one!r} and another {two!r}; give all the "
-                "same, or search with `executor: trials`"
+                f"{field}: members of a population share it, but one has {value!r} and another {theirs[field]!r}; "
+                "give all the same, or search with `executor: trials`"
             )
 
 
@@ -63,7 +67,3 @@ def _at(tree: Any, field: str) -> Any:
     for key in field.split("."):
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree
-
-
-def _is_within(path: str, field: str) -> bool:
-    return path == field or path.startswith(field + ".")

@@ -120,6 +120,21 @@ class Engine:
                 return segment
         return None
 
+    def next_group(self) -> list[Segment]:
+        """The next segments to start as one piece of work, as many as the executor takes; none if none can run.
+
+        Raises:
+            TuneError: if every member has failed.
+        """
+        living = sum(not member.stopped for member in self.population.alive)
+        group: list[Segment] = []
+        while len(group) < self.config.executor.group_size(living):
+            segment = self.next_segment()
+            if segment is None:
+                break
+            group.append(segment)
+        return group
+
     def _affordable(self, member: Member) -> bool:
         """True unless the segments of the whole population are spent; one that was begun may be ended."""
         limit, begun = self.config.max_segments, self.population.begun

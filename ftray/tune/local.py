@@ -9,7 +9,7 @@ from ftray.core.errors import ConfigError, TuneError
 from ftray.core.spec import parse
 from ftray.tune.engine import Engine, OnRecord, Segment
 from ftray.tune.result import TuneResult, summarise, write_result
-from ftray.tune.segment import Job, Outcome, in_steps, load_function, run_segment, segment_recipe
+from ftray.tune.segment import Job, Outcome, in_steps, load_function, segment_recipe
 from ftray.tune.space import Space
 
 
@@ -29,6 +29,7 @@ def open_search(
     plain = segment_recipe(config, recipe)
     Space(config.space, config.constraints, plain).check(parse(Recipe, plain))
     check_metric(config, recipe)
+    config.executor.check(config, parse(Recipe, plain))
     load_function(config.train_fn)
     folder = Path(config.output_dir).absolute() / config.name
     engine = Engine(folder, config, plain, on_record)
@@ -66,10 +67,11 @@ def run_local(config: TuneConfig, recipe: Recipe) -> TuneResult:
     engine, job = open_search(config, recipe)
     try:
         seconds = 0.0
-        while (segment := engine.next_segment()) is not None:
-            outcome = run_segment(job, segment)
-            take(engine, segment, outcome)
-            seconds += outcome.seconds
+        while group := engine.next_group():
+            outcomes = engine.config.executor.run(job, group)
+            for segment, outcome in zip(group, outcomes, strict=True):
+                take(engine, segment, outcome)
+                seconds += outcome.seconds
         result = summarise(engine.config, Path(job.folder), engine.journal.records, seconds)
     finally:
         engine.close()

@@ -31,7 +31,7 @@ from ftray.tune.local import open_search, take
 from ftray.tune.members import JOURNAL
 from ftray.tune.plots import plot
 from ftray.tune.result import TuneResult, summarise, write_result
-from ftray.tune.segment import Job, Outcome, run_segment
+from ftray.tune.segment import Job, Outcome
 from ftray.tune.stall import StallWatch
 
 _ENVIRONMENT = {
@@ -102,10 +102,11 @@ def _fit(engine: Engine, job: Job) -> None:
     searcher = SegmentSearcher(engine, job, watch)
 
     def trial(settings: dict[str, Any]) -> None:
-        tune.report({"outcome": json.dumps(asdict(run_segment(job, Segment(**settings["segment"]))))})
+        outcomes = config.executor.run(job, [Segment(**segment) for segment in settings["segments"]])
+        tune.report({"outcomes": json.dumps([asdict(outcome) for outcome in outcomes])})
 
     def name(trial: Any) -> str:
-        segment = trial.config["segment"]
+        segment = trial.config["segments"][0]
         return f"{segment['name']}-{segment['epoch']}-{segment['attempt']}"
 
     in_process = parse(Recipe, job.recipe).strategy.in_process
@@ -139,7 +140,7 @@ def _fit(engine: Engine, job: Job) -> None:
 
 
 class SegmentSearcher(Searcher):
-    """Hands the engine's segments to Ray Tune as trials and brings their outcomes back."""
+    """Hands the engine's groups of segments to Ray Tune as trials and brings their outcomes back."""
 
     def __init__(self, engine: Engine, job: Job, watch: StallWatch) -> None:
         super().__init__()
@@ -148,7 +149,7 @@ class SegmentSearcher(Searcher):
         self.watch = watch
         self.error: BaseException | None = None
         """Ray Tune swallows what `on_trial_complete` raises, so it is kept and raised by `suggest`."""
-        self._segments: dict[str, Segment] = {}
+        self._groups: dict[str, list[Segment]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Ray Tune pickles the searcher for a restore that never happens here."""
@@ -159,43 +160,44 @@ class SegmentSearcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        """The next segment, None to be asked again later, or the end."""
+        """The next segments, None to be asked again later, or the end."""
         self.end_stall()
         if self.error is not None:
             raise self.error
         if self.engine.done:
             return self.FINISHED
         try:
-            segment = self.engine.next_segment()
+            group = self.engine.next_group()
         except BaseException as error:
             self.error = error
             raise
-        if segment is None:
+        if not group:
             return None
         self.watch.tell()
-        self._segments[trial_id] = segment
-        return {"segment": asdict(segment)}
+        self._groups[trial_id] = group
+        return {"segments": [asdict(segment) for segment in group]}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Take an outcome; a trial without one lost its process."""
         self.watch.tell()
-        segment = self._segments.pop(trial_id, None)
-        if segment is None or self.error is not None:
+        group = self._groups.pop(trial_id, None)
+        if group is None or self.error is not None:
             return
+        outcomes = [Outcome(error="the worker process died", retry=True)] * len(group)
+        if not error and result and "outcomes" in result:
+            outcomes = [Outcome(**outcome) for outcome in json.loads(result["outcomes"])]
         try:
-            if error or not result or "outcome" not in result:
-                self.engine.failed(segment, "the worker process died", retry=True)
-            else:
-                take(self.engine, segment, Outcome(**json.loads(result["outcome"])))
+            for segment, outcome in zip(group, outcomes, strict=True):
+                take(self.engine, segment, outcome)
             self._collect()
         except BaseException as raised:
             self.error = raised
 
     def end_stall(self) -> None:
         """Raise `TuneError` if nothing has moved for too long."""
-        message = self.watch.stalled(segment.name for segment in self._segments.values())
+        message = self.watch.stalled(segment.name for group in self._groups.values() for segment in group)
         if message is not None and self.error is None:
             self.error = TuneError(message)
             raise self.error

@@ -26,6 +26,9 @@ class Replayed:
     delta: Path | None
     equal: bool | None
     """Whether the weights are those of the search, bit for bit; None if these are gone."""
+    difference: float | None = None
+    """Largest absolute difference of a weight. A member of a population was trained in larger products than it is
+    alone, so that some rounding is left; None if the weights are gone or are no safetensors."""
 
 
 def replay_schedule(
@@ -73,15 +76,43 @@ def replay_schedule(
     checkpoint, delta = read_result(job.path(before))
     theirs = journal.parent / "segments" / steps[-1]["checkpoint"]
     return Replayed(
-        chosen.index, out, outcome.score, steps[-1]["score"], checkpoint, delta, _equal(delta, theirs)
+        chosen.index,
+        out,
+        outcome.score,
+        steps[-1]["score"],
+        checkpoint,
+        delta,
+        _equal(delta, theirs),
+        _difference(delta, theirs),
     )
 
 
 def _equal(delta: Path | None, segment: Path) -> bool | None:
-    theirs = read_result(segment)[1] if (segment / "segment.json").is_file() else None
-    if delta is None or theirs is None or not theirs.is_dir():
+    theirs = _delta_of(segment)
+    return None if delta is None or theirs is None else _weights(delta) == _weights(theirs)
+
+
+def _difference(delta: Path | None, segment: Path) -> float | None:
+    theirs = _delta_of(segment)
+    if delta is None or theirs is None:
         return None
-    return _weights(delta) == _weights(theirs)
+    from safetensors.torch import load_file
+
+    differences = []
+    for path in delta.rglob("*.safetensors"):
+        other = theirs / path.relative_to(delta)
+        if not other.is_file():
+            return None
+        ours, found = load_file(path), load_file(other)
+        if ours.keys() != found.keys():
+            return None
+        differences += [float((ours[name] - found[name]).abs().max()) for name in ours]
+    return max(differences, default=None)
+
+
+def _delta_of(segment: Path) -> Path | None:
+    delta = read_result(segment)[1] if (segment / "segment.json").is_file() else None
+    return delta if delta is not None and delta.is_dir() else None
 
 
 def _weights(delta: Path) -> dict[str, str]:

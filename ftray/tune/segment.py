@@ -10,7 +10,7 @@ import fcntl
 import importlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,25 +104,116 @@ def in_steps(config: TuneConfig, recipe: Recipe) -> TuneConfig:
     return replace(config, "segment_steps", config.segment_evaluations * recipe.train.eval_steps)
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is to be trained for one segment."""
+
+    recipe: Recipe
+    folder: Path
+    start_from: Path | None
+    stop_at: int
+
+
+Train = Callable[[Job, Sequence[Task]], Sequence[Any]]
+"""Trains tasks; for each a `ftray.train.run.Result`, or the exception that ended it."""
+
+
 def run_segment(job: Job, segment: Segment) -> Outcome:
-    """Train one segment, or find that it has been trained.
+    """Train one segment, or find that it has been trained."""
+    return run_segments(job, [segment])[0]
+
+
+def run_segments(job: Job, segments: Sequence[Segment], train: Train | None = None) -> list[Outcome]:
+    """Train segments, or find that they have been trained; what came of each.
 
     A user's mistake (`FtrayError`) is not worth another attempt; any other exception is.
+
+    Args:
+        job: of the search.
+        segments: what is asked for.
+        train: trains those that are not there yet; None: one after the other.
     """
-    folder = job.path(segment.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Outcome] = {}
+    tasks: dict[str, Task] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_working_directory(job.cwd))
+        for segment in sorted(segments, key=lambda segment: segment.name):
+            folder = job.path(segment.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(_alone(folder))
+                if (folder / RESULT).exists():
+                    found[segment.name] = _outcome(job, read_json(folder / RESULT))
+                else:
+                    tasks[segment.name] = _task(job, segment, folder)
+            except Exception as error:
+                found[segment.name] = _failure(folder, error)
+        found |= _trained(job, {s.name: s for s in segments}, tasks, train or _train_in_turn)
+    return [found[segment.name] for segment in segments]
+
+
+def _task(job: Job, segment: Segment, folder: Path) -> Task:
+    recipe = apply(parse(Recipe, job.recipe), segment.config)
+    start_from = read_result(job.path(segment.checkpoint))[0] if segment.checkpoint else None
+    return Task(recipe, folder, start_from, segment.stop_at)
+
+
+def _trained(
+    job: Job, segments: Mapping[str, Segment], tasks: Mapping[str, Task], train: Train
+) -> dict[str, Outcome]:
+    """Outcomes of tasks by the names of their segments; each segment's result is left in its folder."""
+    if not tasks:
+        return {}
+    started, used = time.perf_counter(), time.process_time()
     try:
-        with _alone(folder), _working_directory(job.cwd):
-            if (folder / RESULT).exists():
-                return _outcome(job, read_json(folder / RESULT))
-            return _outcome(job, _train(job, segment, folder))
+        results = train(job, list(tasks.values()))
     except Exception as error:
-        if _disk_is_full(error):
-            remedy = "the disk is full; make room and run the same command with --resume"
-            return Outcome(error=f"{folder}: {remedy}", fatal=True)
-        if isinstance(error, FtrayError):
-            return Outcome(error=f"{type(error).__name__}: {error}")
-        return Outcome(error=f"{type(error).__name__}: {error}", retry=True)
+        results = [error] * len(tasks)
+    seconds, cpu_s = time.perf_counter() - started, time.process_time() - used
+    # Of a group, the CPUs it claimed: its workers are no children of this process.
+    strategy = next(iter(tasks.values())).recipe.strategy
+    workers = 0 if strategy.in_process else bounds(strategy.num_workers)[1]
+    cpu_s += workers * strategy.cpus_per_worker * seconds if workers else 0.0
+    tokens = {
+        name: int(result.tokens) - _total_tokens(job, segments[name].checkpoint)
+        for name, result in zip(tasks, results, strict=True)
+        if not isinstance(result, Exception)
+    }
+    found = {}
+    for (name, task), result in zip(tasks.items(), results, strict=True):
+        try:
+            if isinstance(result, Exception):
+                raise result
+            # What was trained together cost each its part of the tokens.
+            share = tokens[name] / total if (total := sum(tokens.values())) else 1 / len(tasks)
+            cost = {"tokens": tokens[name], "seconds": seconds * share, "cpu_s": cpu_s * share}
+            found[name] = _outcome(job, _record(segments[name], task.folder, result, cost))
+        except Exception as error:
+            found[name] = _failure(task.folder, error)
+    return found
+
+
+def _record(segment: Segment, folder: Path, result: Any, cost: Mapping[str, float]) -> dict[str, Any]:
+    record = {
+        "segment": asdict(segment),
+        "metrics": {key: float(value) for key, value in result.metrics.items()},
+        "checkpoint": _relative(result.checkpoint, folder),
+        "delta": _relative(result.delta, folder),
+        "delta_digest": _delta_digest(result.delta),
+        "total_tokens": int(result.tokens),
+        **cost,
+    }
+    write_json(folder / RESULT, record)
+    return record
+
+
+def _failure(folder: Path, error: Exception) -> Outcome:
+    if _disk_is_full(error):
+        remedy = "the disk is full; make room and run the same command with --resume"
+        return Outcome(error=f"{folder}: {remedy}", fatal=True)
+    if isinstance(error, FtrayError):
+        return Outcome(error=f"{type(error).__name__}: {error}")
+    return Outcome(error=f"{type(error).__name__}: {error}", retry=True)
 
 
 def read_result(folder: Path) -> tuple[Path | None, Path | None]:
@@ -147,27 +238,14 @@ def load_function(path: str) -> Any:
         ) from None
 
 
-def _train(job: Job, segment: Segment, folder: Path) -> dict[str, Any]:
-    recipe = apply(parse(Recipe, job.recipe), segment.config)
-    start_from = read_result(job.path(segment.checkpoint))[0] if segment.checkpoint else None
-    started, used = time.perf_counter(), time.process_time()
-    result = _run(job, recipe, folder, start_from, segment.stop_at)
-    # Of a group, the CPUs it claimed: its workers are no children of this process.
-    workers = 0 if recipe.strategy.in_process else bounds(recipe.strategy.num_workers)[1]
-    claimed = workers * recipe.strategy.cpus_per_worker * (time.perf_counter() - started) if workers else 0.0
-    record = {
-        "segment": asdict(segment),
-        "metrics": {key: float(value) for key, value in result.metrics.items()},
-        "checkpoint": _relative(result.checkpoint, folder),
-        "delta": _relative(result.delta, folder),
-        "delta_digest": _delta_digest(result.delta),
-        "total_tokens": int(result.tokens),
-        "tokens": int(result.tokens) - _total_tokens(job, segment.checkpoint),
-        "seconds": time.perf_counter() - started,
-        "cpu_s": time.process_time() - used + claimed,
-    }
-    write_json(folder / RESULT, record)
-    return record
+def _train_in_turn(job: Job, tasks: Sequence[Task]) -> list[Any]:
+    found: list[Any] = []
+    for task in tasks:
+        try:
+            found.append(_run(job, task.recipe, task.folder, task.start_from, task.stop_at))
+        except Exception as error:
+            found.append(error)
+    return found
 
 
 def _run(job: Job, recipe: Recipe, folder: Path, start_from: Path | None, stop_at: int) -> Any:

@@ -132,7 +132,9 @@ def test_a_space_is_checked_against_the_recipe(recipe):
 def test_a_delta_outside_the_segment_is_an_invariant_broken(job, monkeypatch, tmp_path):
     from ftray.testing import toy_train
 
-    elsewhere = SimpleNamespace(checkpoint=tmp_path / "elsewhere", delta=None, metrics={"eval_loss": 1.0})
+    elsewhere = SimpleNamespace(
+        checkpoint=tmp_path / "elsewhere", delta=None, metrics={"eval_loss": 1.0}, tokens=1
+    )
     monkeypatch.setattr(toy_train, "train", lambda *args, **kwargs: elsewhere)
     assert "elsewhere" in run_segment(job, SEGMENT).error
 

@@ -1,0 +1,111 @@
+"""How the segments of a search are trained: each by itself, or as a population over one base in memory."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import Field
+
+from ftray.config.recipe import Recipe
+from ftray.config.tune import TRAIN_FN, TuneConfig
+from ftray.core.errors import ConfigError
+from ftray.core.fs import digest_json
+from ftray.core.spec import spec
+from ftray.train.share import check_member, shared_field, shared_settings
+from ftray.tune.engine import Segment
+from ftray.tune.segment import Job, Outcome, Task, run_segments
+
+if TYPE_CHECKING:
+    from ftray.train.population import Population
+
+
+class Executor(Protocol):
+    """Takes segments that can be trained at once, and trains them as one piece of work."""
+
+    def check(self, config: TuneConfig, recipe: Recipe) -> None:
+        """Refuse a search that cannot be run like this. Raises `ConfigError`, one line."""
+
+    def group_size(self, living: int) -> int:
+        """Segments in one piece of work, where so many members have not been stopped."""
+
+    def run(self, job: Job, segments: Sequence[Segment]) -> list[Outcome]:
+        """Train one piece of work."""
+
+
+@spec
+class Trials:
+    """Every segment by itself; `max_concurrent` of them at once."""
+
+    def check(self, config: TuneConfig, recipe: Recipe) -> None:
+        """Anything goes."""
+
+    def group_size(self, living: int) -> int:
+        """One."""
+        del living
+        return 1
+
+    def run(self, job: Job, segments: Sequence[Segment]) -> list[Outcome]:
+        """In the recipe's own way."""
+        return run_segments(job, segments)
+
+
+@spec
+class Populations:
+    """The members as low-rank adapters over one base in memory, their rows in the same passes."""
+
+    num_populations: int = Field(default=1, ge=1)
+    """Groups that the members are divided into, each with a base of its own and a trial to itself; with
+    `max_concurrent` as high they run side by side. Members of one go on from another's by its checkpoints."""
+    rows_per_pass: int | None = Field(default=None, ge=1)
+    """Rows of all members of a population in one forward pass; those that are stopped leave theirs to the rest.
+    null: `train.per_device_train_batch_size` of each."""
+
+    def check(self, config: TuneConfig, recipe: Recipe) -> None:
+        """The base trains not, and nothing that belongs to it is searched."""
+        check_member(recipe)
+        for path in config.space:
+            if field := shared_field(path):
+                raise ConfigError(
+                    f"space.{path}: members of a population share `{field}`; leave it out, or search with "
+                    "`executor: trials`"
+                )
+        if config.train_fn != TRAIN_FN:
+            raise ConfigError(f"train_fn: {config.train_fn} trains one member; leave it out for a population")
+        if config.spread:
+            raise ConfigError("spread: a population trains in one process; leave one of the two out")
+        if config.asynchronous:
+            raise ConfigError("asynchronous: members of a population step together; leave one of the two out")
+
+    def group_size(self, living: int) -> int:
+        """An equal part of the members."""
+        return max(1, -(-living // self.num_populations))
+
+    def run(self, job: Job, segments: Sequence[Segment]) -> list[Outcome]:
+        """Together; the base stays in the process for the next segments."""
+        return run_segments(job, segments, self._train)
+
+    def _train(self, job: Job, tasks: Sequence[Task]) -> list[Any]:
+        from ftray.train.io import LocalIO  # imports torch, which the driver of a search does not need
+        from ftray.train.population import Part
+
+        del job
+        parts = [Part(task.recipe, LocalIO(task.folder), task.start_from, task.stop_at) for task in tasks]
+        population = _in_memory(tasks[0].recipe)
+        try:
+            return list(population.train(parts, rows_per_pass=self.rows_per_pass))
+        except BaseException:
+            _LIVE.clear()  # what it stopped in the middle of is not known
+            raise
+
+
+_LIVE: dict[str, "Population"] = {}
+"""The population of this process, by what its members share."""
+
+
+def _in_memory(recipe: Recipe) -> "Population":
+    from ftray.train.population import Population
+
+    key = digest_json(shared_settings(recipe))
+    if key not in _LIVE:
+        _LIVE.clear()  # first, so that there are never two bases
+        _LIVE[key] = Population(recipe)
+    return _LIVE[key]
