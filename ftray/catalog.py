@@ -64,6 +64,13 @@ METHODS: dict[str, dict[str, str]] = {
         "quality": "ftray.data.transform.quality:Quality",
         "split": "ftray.data.transform.split:Split",
     },
+    "combine": {
+        "add": "ftray.delta.combine.add:Add",
+        "average": "ftray.delta.combine.average:Average",
+        "interpolate": "ftray.delta.combine.interpolate:Interpolate",
+        "scale": "ftray.delta.combine.scale:Scale",
+        "ties": "ftray.delta.combine.ties:Ties",
+    },
     "metric": {
         "exact_match": "ftray.eval.metrics:ExactMatch",
     },

@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "jobs": ("ftray.cli.jobs:app", "List, watch and stop submitted jobs."),
     "list": ("ftray.cli.list:command", "List what the registry holds."),
     "show": ("ftray.cli.show:command", "Show a published delta and its lineage."),
+    "delta": ("ftray.cli.delta:app", "Calculate with deltas: scale, add, average, merge, extract."),
     "lineage": ("ftray.cli.lineage:command", "Show where a delta comes from and what came of it."),
     "registry": ("ftray.cli.registry:app", "Pins, history and garbage collection of a registry."),
     "check": ("ftray.cli.check:command", "Check a recipe before any hardware is taken."),
