@@ -5,7 +5,6 @@ of one comparison are interleaved step by step, each with its own memory and thr
 prints goes to standard error.
 """
 
-import itertools
 import json
 import os
 import sys
@@ -13,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import cpu_seconds
 from benchmarks.train.setup import make_recipe
 from ftray.core.spec import replace
-from ftray.train.track.jsonl import FILE
 
 
 class Lines:
@@ -103,22 +102,24 @@ def checkpoint(spec: dict[str, Any], lines: Lines) -> None:
 
 
 def launch(spec: dict[str, Any], lines: Lines) -> None:
-    """The whole of a short run through Ray Train, from the call to its result."""
+    """The whole of a short run, through Ray Train if its strategy says so, from the call to its result."""
     from ftray.train.ray_launch import launch as run
 
     recipe, run_dir = _recipe_and_folder(spec)
     lines.ready()
-    start, first = time.perf_counter(), []
+    recipe = replace(replace(recipe, "name", run_dir.name), "output_dir", str(run_dir.parent))
+    start = time.perf_counter()
+    first: list[tuple[float, float]] = []
+    last: list[tuple[int, float]] = []
 
     def on_record(record: dict[str, Any]) -> None:
-        first.append(time.perf_counter() - start - record["elapsed_s"])
+        first[:] = first or [(time.perf_counter() - start - record["elapsed_s"], cpu_seconds())]
+        if "grad_norm" in record:  # and not the end of the run
+            last[:] = [(record["step"], cpu_seconds())]
 
-    result = run(
-        replace(replace(recipe, "name", run_dir.name), "output_dir", str(run_dir.parent)), on_record=on_record
-    )
-    records = [json.loads(line) for line in (result.run_dir / FILE).read_text().splitlines()]
-    times = [record["elapsed_s"] for record in records if "grad_norm" in record]
-    lines.pause({"startup_s": first[0], "step_s": [b - a for a, b in itertools.pairwise([0.0, *times])]})
+    run(recipe, on_record=on_record)
+    (startup_s, begun_cpu_s), (steps, ended_cpu_s) = first[0], last[0]
+    lines.pause({"startup_s": startup_s, "all_cpu_s_per_step": (ended_cpu_s - begun_cpu_s) / (steps - 1)})
 
 
 def _recipe_and_folder(spec: dict[str, Any]) -> tuple[Any, Path]:

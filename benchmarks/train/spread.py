@@ -5,11 +5,14 @@ import socket
 import statistics
 from typing import Any
 
-from benchmarks.train.driver import interleave, median, ratio
+from benchmarks.train import step_clock
+from benchmarks.train.driver import arms, interleave, median, ratio
 from benchmarks.train.sections import Figures, Setup
 from benchmarks.train.setup import LLAMA, make_recipe
 
 _LENGTH = 512
+_WARM = 2
+_RAY_STEPS = 12
 
 
 def lora(setup: Setup) -> Figures:
@@ -44,9 +47,7 @@ def ranks(setup: Setup) -> Figures:
     figures: Figures = {}
     size = make_recipe(setup.folder, _LENGTH).train.global_batch_size
     for strategy in ("ddp", "fsdp"):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = _free_port()
         changes: dict[str, Any] = {
             "strategy": {"type": strategy, "num_workers": 2},
             "train": {"global_batch_size": 2 * size},
@@ -82,15 +83,54 @@ def checkpoint(setup: Setup) -> Figures:
 
 
 def on_ray(setup: Setup) -> Figures:
-    """One Ray Train worker against the same run in a plain process, and the time until its first step."""
-    changes = {"train": {"max_steps": 2 + setup.steps}}
-    local = setup.ours(_LENGTH, 1, "local", **changes)
-    plain = interleave([local], setup.steps, setup.log)["local"]
-    remote = setup.ours(_LENGTH, 1, "ray", strategy={"type": "ddp", "num_workers": 1}, **changes)
-    records = interleave([remote | {"arm": "launch"}], 1, setup.log)["ray"]
-    steps = records[0]["step_s"][2:]
+    """The same run in a plain process and as one Ray Train worker, in turn step by step on the same rows.
+
+    A step's overhead is counted in CPU time of the process that trains, which other work on the cores does not
+    enter; half the range between the quartiles of the differences says how far it can be trusted. What Ray's own
+    processes and the driver take beside the steps is counted apart.
+    """
+    count = max(_RAY_STEPS, setup.steps)
+    strategies = {"plain": {"type": "single"}, "ray": {"type": "ddp", "num_workers": 1}}
+    paths = {name: setup.folder / f"steps-{name}-{os.getpid()}.jsonl" for name in strategies}
+    specs = [
+        setup.ours(
+            _LENGTH,
+            1,
+            name,
+            strategy=strategy,
+            optim={"type": "benchmarks.train.step_clock:TimedAdamW", "path": str(paths[name])},
+            train={"max_steps": count + 1},
+        )
+        | {"arm": "launch"}
+        for name, strategy in strategies.items()
+    ]
+    with arms(specs, setup.log) as (plain_arm, ray_arm):
+        for name, arm in (("ray", ray_arm), ("plain", plain_arm)):  # Ray starts with nothing beside it
+            arm.go()
+            step_clock.begin(paths[name])
+        plain, ray = step_clock.take_turns(list(paths.values()), count)
+        launched = ray_arm.answer()
+        plain_arm.answer()
+    over = {key: _over(plain, ray, key) for key in ("cpu_s", "wall_s")}
+    quartiles = statistics.quantiles(over["cpu_s"], n=4)
+    step_s = statistics.median(step["cpu_s"] for step in ray[_WARM:])
     return {
-        "ray_overhead_s_per_step": round(statistics.median(steps) - median(plain, "wall_s"), 4),
-        "ray_step_s": round(statistics.median(steps), 4),
-        "startup_s": round(records[0]["startup_s"], 2),
+        "ray_overhead_s_per_step": round(statistics.median(over["cpu_s"]), 4),
+        "ray_overhead_half_quartile_range_s": round((quartiles[2] - quartiles[0]) / 2, 4),
+        "ray_overhead_wall_s_per_step": round(statistics.median(over["wall_s"]), 4),
+        "ray_step_cpu_s": round(step_s, 4),
+        "ray_other_processes_cpu_s_per_step": round(launched["all_cpu_s_per_step"] - step_s, 4),
+        "ray_steps": count - _WARM,
+        "startup_s": round(launched["startup_s"], 2),
     }
+
+
+def _over(plain: list[dict[str, float]], other: list[dict[str, float]], key: str) -> list[float]:
+    """How much longer each step took than the same step of the plain run."""
+    return [b[key] - a[key] for a, b in zip(plain[_WARM:], other[_WARM:], strict=True)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
