@@ -263,6 +263,8 @@ def lines_of(found: Plan) -> list[str]:
     """A plan in words, a line for each number."""
     steps = "until the clock ends the run" if found.steps is None else f"{found.steps:,}"
     ranks = "1 rank" if found.num_workers == 1 else f"{found.num_workers} ranks"
+    # What strategies hold for a moment to exchange gradients and weights is counted in part.
+    least = "" if found.num_workers == 1 else "at least "
     precision = "bfloat16 over float32 weights" if found.bf16 else "float32"
     return [
         f"parameters: {found.parameters:,}, {found.trainable:,} train ({found.trainable / found.parameters:.2%})",
@@ -270,6 +272,6 @@ def lines_of(found: Plan) -> list[str]:
         f"tokens per step: about {found.tokens_per_step:,}",
         f"steps: {steps}",
         f"checkpoint: {gib(found.checkpoint_bytes)}",
-        f"peak memory: {gib(found.peak_bytes)} a rank over the libraries ({ranks}, {precision})",
+        f"peak memory: {least}{gib(found.peak_bytes)} a rank over the libraries ({ranks}, {precision})",
         "  of it " + ", ".join(f"{name} {gib(getattr(found.memory, name))}" for name in PARTS),
     ]

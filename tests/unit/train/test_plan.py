@@ -1,6 +1,7 @@
 """What `ftray plan` says, what running out of memory says, and that both are right."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from ftray.config.load import write_resolved
 from ftray.core.errors import TrainError
 from ftray.train.memory import step_memory
 from ftray.train.oom import explained, is_out_of_memory
-from ftray.train.plan import gib, look_at_rows, plan, what_fits
+from ftray.train.plan import gib, lines_of, look_at_rows, plan, what_fits
 from tests.recipes import MakeRecipe
 
 
@@ -33,6 +34,14 @@ def test_a_plan_in_numbers(make_recipe: MakeRecipe) -> None:
     memory = found.memory
     parts = memory.weights + memory.gradients + memory.optimizer + memory.logits + memory.activations
     assert parts == memory.peak
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"), [("single", "peak memory: "), ("ddp", "peak memory: at least ")]
+)
+def test_what_several_ranks_need_is_a_lower_bound(make_recipe: MakeRecipe, strategy: str, said: str) -> None:
+    [line] = [line for line in lines_of(plan(make_recipe(strategy=strategy))) if line.startswith("peak")]
+    assert re.match(said + r"\d", line)
 
 
 def test_small_sizes_are_not_nothing() -> None:
