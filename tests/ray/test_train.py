@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ftray.cluster import allocator
+from ftray.cluster import allocator, ray_room
 from ftray.config.load import write_resolved
 from ftray.config.recipe import Recipe
 from ftray.core.errors import ClusterError, FtrayError
@@ -53,7 +53,12 @@ def undisturbed(make_recipe: MakeRecipe) -> dict[int, float]:
     return losses(Path(recipe.output_dir) / recipe.name)
 
 
-def test_two_workers_and_the_errors_they_bring_back(make_recipe: MakeRecipe, ray_cluster: None) -> None:
+def test_two_workers_and_the_errors_they_bring_back(
+    make_recipe: MakeRecipe,
+    ray_cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     reference = make_recipe("reference")
     train(reference, LocalIO(Path(reference.output_dir) / reference.name))
     recipe = make_recipe("ddp", strategy=DDP)
@@ -71,11 +76,13 @@ def test_two_workers_and_the_errors_they_bring_back(make_recipe: MakeRecipe, ray
     assert allocators == {bool(allocator.environment())}
     assert losses(result.run_dir) == pytest.approx(losses(Path(reference.output_dir) / "reference"), rel=1e-5)
     assert result.delta is not None and (result.delta / "adapter_model.safetensors").is_file() and seen
+    monkeypatch.setattr(ray_room, "_SILENT_S", 0.2)
     wide = {"cpus_per_worker": 8, "wait_for_room_s": 1.0}
     with pytest.raises(
         ClusterError, match=r"no room in 1 s for 2 workers of 8 CPU each; the cluster has 2 CPU"
     ):
         launch(make_recipe("wide", strategy=DDP | wide))
+    assert "waiting for room for 2 workers of 8 CPU each; the cluster has 2 CPU" in capsys.readouterr().err
     with pytest.raises(FtrayError, match=r"not finite; lower `optim\.learning_rate`"):
         launch(make_recipe("diverges", strategy=DDP | {"max_failures": 0}, optim__learning_rate=1e30))
 
