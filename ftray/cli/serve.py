@@ -34,7 +34,7 @@ def command(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         try:
-            out.print(hints(handle, bool(config.tenants)), highlight=False, soft_wrap=True, markup=False)
+            out.print(hints(handle, config.asks_for_keys), highlight=False, soft_wrap=True, markup=False)
             stop.wait()
         finally:
             with bar("stop the endpoint"):
@@ -45,6 +45,8 @@ def hints(handle: "Handle", with_key: bool) -> str:
     """What is served, and the `curl` lines to try it with."""
     lines = [f"serving at {handle.url}/v1; stop with Ctrl-C"]
     lines += [f"  {model.id:24} {model.ref:28} {model.digest}" for model in handle.models]
+    if handle.admin_port is not None:
+        lines.append(f"admin API on the head node at http://127.0.0.1:{handle.admin_port}/admin")
     key = " -H 'authorization: Bearer <key>'" if with_key else ""
     body = '{{"model": "{0}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
     lines.append(f"curl -s {handle.url}/v1/models{key}")
