@@ -52,6 +52,12 @@ _PLAIN: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
+
+
+class OtherKindError(DeltaError):
+    """An adapter that PEFT may know how to use, but that is no plain LoRA."""
+
+
 _OFF: tuple[object, ...] = (None, False, [], {}, "")
 
 
@@ -74,12 +80,12 @@ def read_config(folder: Path) -> AdapterConfig:
     if not isinstance(data, dict):
         raise DeltaError(f"{path}: holds no settings; save the adapter again with `peft`")
     if data.get("peft_type") != "LORA":
-        raise DeltaError(f"{folder}: peft_type is {data.get('peft_type')!r}; only LORA is served")
+        raise OtherKindError(f"{folder}: peft_type is {data.get('peft_type')!r}; only LORA shares a base")
     fields = AdapterConfig.__dataclass_fields__
     for key, value in data.items():
         if key not in _HARMLESS and key not in fields and value not in _PLAIN.get(key, _OFF):
             shown = repr(value)[:60]
-            raise DeltaError(f"{folder}: {key}={shown} is not plain LoRA; train without it or merge it")
+            raise OtherKindError(f"{folder}: {key}={shown} is not plain LoRA; train without it or merge it")
     try:
         return parse(AdapterConfig, {key: data[key] for key in data if key in fields}, where=str(path))
     except FtrayError as error:
@@ -103,7 +109,7 @@ def read_factors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     for key, tensor in tensors.items():
         layer, _, factor = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if factor not in ("lora_A", "lora_B"):
-            raise DeltaError(f"{folder}: tensor `{key}` is no LoRA factor; only plain LoRA is served")
+            raise OtherKindError(f"{folder}: tensor `{key}` is no LoRA factor; only plain LoRA shares a base")
         factors.setdefault(layer, {})[factor] = tensor
     if not factors:
         raise DeltaError(f"{file}: holds no tensors; save the adapter again")

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ftray.adapt.lora_files import Adapter, AdapterSites
-from ftray.adapt.peft_files import CONFIG, WEIGHTS
+from ftray.adapt.peft_files import CONFIG, WEIGHTS, OtherKindError
 from ftray.core.errors import DeltaError
 from ftray.core.fs import digest_file, digest_json
 from ftray.delta import manifest
 from ftray.engine.api import EngineInfo
+from ftray.engine.own import OwnReader, OwnWeights
 from ftray.engine.scheduler import Scheduler
 from ftray.model.identity import base_identity
 from ftray.model.positions import max_positions
@@ -22,11 +23,17 @@ __all__ = [
     "DeltaReader",
     "LowRank",
     "attention_span",
+    "declared_positions",
     "engine_info",
     "eos_ids",
     "kv_facts",
     "max_positions",
 ]
+
+
+def declared_positions(config: Any) -> int:
+    """Most tokens a model takes by its own account, though rows of a batch may then depend on each other."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
 def attention_span(config: Any) -> int:
@@ -65,8 +72,6 @@ class DeltaGate:
         if not (folder / manifest.MANIFEST).is_file():
             return None
         delta = manifest.read(folder, beside=frozenset({VERSION_FILE}))
-        if delta.kind != "low_rank":
-            raise DeltaError(f"{folder}: a {delta.kind} delta cannot share a base; serve it as a base")
         try:
             manifest.check_base(delta, self.identity)
         except DeltaError as error:
@@ -97,25 +102,40 @@ class LowRank:
 
 
 class DeltaReader:
-    """Reads deltas of one base; looks at the model when it is made and never again, so it may run beside steps."""
+    """Reads deltas of one base; looks at the model when it is made and never again, so it may run beside steps.
 
-    def __init__(self, model: Any, gate: DeltaGate | None) -> None:
+    Args:
+        model: the base.
+        gate: refuses what belongs to another; None: nothing is asked.
+        own: reads what cannot share a batch; None: that is refused.
+    """
+
+    def __init__(self, model: Any, gate: DeltaGate | None, own: OwnReader | None = None) -> None:
         self._sites = AdapterSites(model)
         self._gate = gate
+        self._own = own
         head = model.get_output_embeddings()
         self._head = next((name for name, module in model.named_modules() if module is head), None)
 
-    def read(self, folder: str) -> LowRank:
+    def read(self, folder: str) -> LowRank | OwnWeights:
         """A delta that belongs to the base. Raises `DeltaError`, one line."""
         path = Path(folder)
         delta = self._gate.check(path) if self._gate else None
-        adapter = self._sites.read(path)
+        try:
+            return self._low_rank(path, delta)
+        except OtherKindError as error:
+            if self._own is None:
+                raise DeltaError(f"{error}, or allow it weights of its own (`max_own_weights`)") from None
+        return self._own.read(path, delta, delta.digest if delta else _digest_of(path))
+
+    def _low_rank(self, folder: Path, delta: manifest.Delta | None) -> LowRank:
+        if delta is not None and delta.kind != "low_rank":
+            raise OtherKindError(f"{folder}: a {delta.kind} delta shares no batch; extract a low-rank one")
+        adapter = self._sites.read(folder)
         if self._head in adapter.factors:
             # The head sees the last tokens only, so a mixed batch's stretches do not fit it.
-            raise DeltaError(
-                f"{folder}: it adapts the output head, which is not served; train without `{self._head}`"
-            )
-        return LowRank(delta.digest if delta else _digest_of(path), adapter)
+            raise OtherKindError(f"{folder}: it adapts the output head; train without `{self._head}`")
+        return LowRank(delta.digest if delta else _digest_of(folder), adapter)
 
 
 def _digest_of(folder: Path) -> str:

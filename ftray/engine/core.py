@@ -65,6 +65,7 @@ class StepEngine:
         kv_facts: all that keys and values depend on besides base, tenant, delta and tokens; None: prefixes are
             not shared.
         max_host: deltas kept in memory that are not in place; how many are in place is `info.max_slots`.
+        max_own: deltas in place with weights of their own.
     """
 
     def __init__(
@@ -77,13 +78,14 @@ class StepEngine:
         *,
         kv_facts: str | None = None,
         max_host: int = 0,
+        max_own: int = 1,
     ) -> None:
         self.info = info
         self.tokenizer = tokenizer
         self.scheduler = scheduler
         scheduler.gate = self
         self._runner = runner
-        self._slots = Slots(runner, info.max_slots, max_host)
+        self._slots = Slots(runner, info.max_slots, max_host, max_own)
         self._eos = frozenset(eos_ids)
         self._kv_facts = kv_facts
         self._answers: dict[Sequence, Answer] = {}

@@ -14,8 +14,17 @@ from ftray.adapt.lora_files import put_adapter, unload_adapter
 from ftray.adapt.route import Route
 from ftray.core.spec import spec
 from ftray.engine.api import Request
-from ftray.engine.base import DeltaGate, DeltaReader, LowRank, engine_info, eos_ids, max_positions
+from ftray.engine.base import (
+    DeltaGate,
+    DeltaReader,
+    LowRank,
+    declared_positions,
+    engine_info,
+    eos_ids,
+    max_positions,
+)
 from ftray.engine.core import StepEngine
+from ftray.engine.own import OwnReader, OwnWeights
 from ftray.engine.scheduler import Row, Scheduler, Sequence
 from ftray.engine.selfcheck import RELATIVE_TOLERANCE
 from ftray.engine.settings import ModelEngineConfig, pick_device
@@ -32,10 +41,13 @@ logger = logging.getLogger(__name__)
 class HFRunner:
     """Computes each row alone, with a cache object of its own."""
 
-    def __init__(self, model: Any, gate: DeltaGate) -> None:
+    def __init__(self, model: Any, reader: DeltaReader) -> None:
         self.model = model
         self.use_cache = True
-        self._reader = DeltaReader(model, gate)
+        self._reader = reader
+        self._own: dict[str, Any] = {}
+        # Some change all positions' factors beyond this length, so what was kept of a shorter text is of no use.
+        self._turn = max_positions(model.config)
         self._device = next(model.parameters()).device
         self._route = model.ftray_route = getattr(model, "ftray_route", None) or Route()
         self._caches: dict[Sequence, Any] = {}
@@ -45,8 +57,9 @@ class HFRunner:
         """See `Runner.forward`."""
         wanted, first, kept = set(keep), 0, []
         for row, key in zip(rows, keys, strict=True):
+            model = self.model if key is None else self._own.get(key, self.model)
             with self._route.use(active=key):
-                logits = self._row(row)
+                logits = self._row(row, model)
             kept += [logits[at] for at in range(row.length) if first + at in wanted]
             first += row.length
         return torch.stack(kept) if kept else torch.empty(0)
@@ -60,49 +73,52 @@ class HFRunner:
         cached: list[torch.Tensor] = []
         with torch.inference_mode():
             try:
-                cached = [self._row(Row(seq, start, length)) for start, length in ((0, 7), (7, 4), (11, 1))]
+                cached = [
+                    self._row(Row(seq, start, length), self.model)
+                    for start, length in ((0, 7), (7, 4), (11, 1))
+                ]
             except (TypeError, ValueError, AttributeError) as error:
                 logger.warning("no key-value cache for this model: %s", error)
             self.release(seq)
             self.use_cache = False
-            plain = self._row(Row(seq, 0, len(seq.tokens))).float()
+            plain = self._row(Row(seq, 0, len(seq.tokens)), self.model).float()
         if cached:
             difference = (torch.cat(cached).float() - plain).abs().max() / max(1.0, float(plain.abs().max()))
             self.use_cache = bool(difference <= RELATIVE_TOLERANCE[self.model.dtype])
 
-    def _row(self, row: Row) -> torch.Tensor:
+    def _row(self, row: Row, model: Any) -> torch.Tensor:
         from transformers import DynamicCache
 
+        start, stop = row.start, row.start + row.length
+        if not self.use_cache or start <= self._turn < stop:
+            start = 0
+        ids = torch.tensor([row.seq.tokens[start:stop]], device=self._device)
         if not self.use_cache:
-            tokens = row.seq.tokens[: row.start + row.length]
-            output = self.model(input_ids=torch.tensor([tokens], device=self._device), use_cache=False)
-            whole: torch.Tensor = output.logits[0]
-            return whole[row.start :]
-        if row.start == 0:
-            self._caches[row.seq] = DynamicCache(config=self.model.config)
-        tokens = row.seq.tokens[row.start : row.start + row.length]
-        output = self.model(
-            input_ids=torch.tensor([tokens], device=self._device),
-            past_key_values=self._caches[row.seq],
-            use_cache=True,
-        )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
+            return logits[-row.length :]
+        if start == 0:
+            self._caches[row.seq] = DynamicCache(config=model.config)
+        logits = model(input_ids=ids, past_key_values=self._caches[row.seq], use_cache=True).logits[0]
+        return logits[-row.length :]
 
     def release(self, seq: Sequence) -> None:
         """Drop the sequence's cache."""
         self._caches.pop(seq, None)
 
-    def read(self, folder: str) -> LowRank:
+    def read(self, folder: str) -> LowRank | OwnWeights:
         """See `Places.read`."""
         return self._reader.read(folder)
 
-    def load(self, key: str, delta: LowRank) -> None:
+    def load(self, key: str, delta: LowRank | OwnWeights) -> None:
         """See `Places.load`."""
-        put_adapter(self.model, key, delta.adapter)
+        if isinstance(delta, OwnWeights):
+            self._own[key] = delta.model.to(self._device)
+        else:
+            put_adapter(self.model, key, delta.adapter)
 
     def unload(self, key: str) -> None:
         """See `Places.unload`."""
+        self._own.pop(key, None)
         unload_adapter(self.model, key)
 
 
@@ -120,7 +136,7 @@ class HFGenerateConfig(ModelEngineConfig):
         model = _load(folder, self.dtype).to(pick_device(self.device))
         tokenizer = load_tokenizer(folder)
         gate = DeltaGate(folder, tokenizer)
-        positions = max_positions(model.config)
+        positions = declared_positions(model.config)
         scheduler = Scheduler(
             max_num_seqs=self.max_num_seqs,
             # A prompt is one forward pass of its own, so there is nothing to gain from cutting it up.
@@ -131,9 +147,11 @@ class HFGenerateConfig(ModelEngineConfig):
         )
         info = engine_info("hf_generate", gate, scheduler, self.max_loras)
         ends = eos_ids(folder, model.config, tokenizer)
-        runner = HFRunner(model, gate)
+        own = OwnReader(folder, model) if self.max_own_weights else None
+        runner = HFRunner(model, DeltaReader(model, gate, own))
         runner.check_cache()
-        return StepEngine(runner, tokenizer, scheduler, info, ends, max_host=self.max_cpu_loras)
+        host, own_weights = self.max_cpu_loras, self.max_own_weights
+        return StepEngine(runner, tokenizer, scheduler, info, ends, max_host=host, max_own=own_weights)
 
 
 def _load(folder: Any, dtype: str) -> Any:

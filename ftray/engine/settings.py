@@ -29,6 +29,9 @@ class ModelEngineConfig:
     """Deltas in place at once, so that many can be in use in one step; any number may be known. 0: no limit."""
     max_cpu_loras: int = Field(default=256, ge=0)
     """Deltas kept in memory beside those in place; the others are read from disk when they are asked for."""
+    max_own_weights: int = Field(default=1, ge=0)
+    """Deltas in place at once that can share no batch (replacement weights, PEFT's kinds but plain LoRA). Each is a
+    whole set of weights and answers in steps of its own; 0 refuses them."""
 
     def load_tokenizer(self, base: str) -> Any:
         """The base's tokenizer."""

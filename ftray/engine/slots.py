@@ -96,13 +96,15 @@ class Slots:
 
     Args:
         places: reads and holds their tensors.
-        max_slots: deltas in place at once; 0: as many as come.
-        max_host: deltas kept in memory that are not in place.
+        max_slots: deltas that share a batch in place at once; 0: as many as come.
+        max_host: such deltas kept in memory that are not in place.
+        max_own: deltas with weights of their own in place at once; no more are kept in memory.
     """
 
     places: Places
     max_slots: int = 0
     max_host: int = 0
+    max_own: int = 1
     num_loads: int = 0
     """Times a delta was put in place."""
     _names: dict[str, Entry] = field(default_factory=dict)
@@ -136,8 +138,9 @@ class Slots:
             raise DeltaError(f"{name}: already loaded; unload it first or use another name")
         entry = Entry(name, folder)
         self._take(entry, self.places.read(folder))
-        if not self.max_slots or len(self._placed) < self.max_slots:
+        if self._has_room(entry):
             self._place(entry)
+        self._keep(entry)
         old = self._names.get(name)
         self._names[name] = entry
         if old:
@@ -190,6 +193,7 @@ class Slots:
             assert reading is not None
             try:
                 self._take(entry, reading.result())
+                self._keep(entry)
             # Whatever a source raises (a network, a disk), those who wait must hear of it, and nobody else.
             except Exception as error:
                 entry.error = _said(entry, error)
@@ -229,8 +233,11 @@ class Slots:
         return len(self._reading)
 
     def _read(self, entry: Entry) -> None:
-        ahead = len(self._reading) + sum(bool(other.in_flight) for other in self._kept)
-        if entry.reading or ahead >= max(_READ_AHEAD, self.max_slots):
+        ahead = [*self._reading, *(other for other in self._kept if other.in_flight)]
+        if entry.reading or len(ahead) >= max(_READ_AHEAD, self.max_slots):
+            return
+        # One whole set of weights waits at most.
+        if not entry.mixed_batch and not all(other.mixed_batch for other in ahead):
             return
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="ftray-deltas")
@@ -246,14 +253,17 @@ class Slots:
             )
         entry.digest, entry.kind, entry.mixed_batch = host.digest, host.kind, host.mixed_batch
         entry.size_bytes, entry.host, entry.error = host.size_bytes, host, None
-        self._keep(entry)
 
     def _keep(self, entry: Entry) -> None:
         """Keep it in memory, at the cost of those not asked for longest that nobody waits for."""
+        if entry.slot:
+            return
         self._kept[entry] = None
         self._kept.move_to_end(entry)
         idle = [other for other in self._kept if not other.in_flight]
-        for other in idle[: max(0, len(self._kept) - self.max_host)]:
+        large = [other for other in idle if not other.mixed_batch]
+        small = [other for other in idle if other.mixed_batch]
+        for other in large + small[: max(0, len(self._kept) - len(large) - self.max_host)]:
             del self._kept[other]
             other.host = None
 
@@ -263,10 +273,13 @@ class Slots:
             return False
         if self._writes >= _MAX_WRITES:
             return False
-        if self.max_slots and len(self._placed) >= self.max_slots:
-            unused = next((other for other in self._placed if not other.refs), None)
+        if not self._has_room(entry):
+            alike = [other for other in self._placed if other.mixed_batch == entry.mixed_batch]
+            unused = next((other for other in alike if not other.refs), None)
             if unused is None:
-                self._promise()
+                # One place runs empty, so that a delta that waits is not kept out for ever by those in use.
+                if not any(other.leaving for other in alike):
+                    min(alike, key=lambda other: other.refs).leaving = True
                 return False
             self._displace(unused)
         try:
@@ -277,10 +290,11 @@ class Slots:
             return False
         return True
 
-    def _promise(self) -> None:
-        """Let one place run empty, so that a delta that waits is not kept out for ever by those in use."""
-        if not any(entry.leaving for entry in self._placed):
-            min(self._placed, key=lambda entry: entry.refs).leaving = True
+    def _has_room(self, entry: Entry) -> bool:
+        count = sum(other.mixed_batch == entry.mixed_batch for other in self._placed)
+        if not entry.mixed_batch:
+            return count < self.max_own
+        return not self.max_slots or count < self.max_slots
 
     def _place(self, entry: Entry) -> None:
         self._orders += 1

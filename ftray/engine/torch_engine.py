@@ -22,15 +22,25 @@ from ftray.core.errors import ConfigError, FtrayError
 from ftray.core.spec import spec
 from ftray.engine import paged
 from ftray.engine.api import Request
-from ftray.engine.base import DeltaGate, DeltaReader, LowRank, engine_info, eos_ids, kv_facts, max_positions
+from ftray.engine.base import (
+    DeltaGate,
+    DeltaReader,
+    LowRank,
+    declared_positions,
+    engine_info,
+    eos_ids,
+    kv_facts,
+    max_positions,
+)
 from ftray.engine.core import StepEngine
 from ftray.engine.lora_slots import Pair, Stretches
+from ftray.engine.own import OwnReader, OwnWeights
 from ftray.engine.scheduler import Row, Scheduler, Sequence
 from ftray.engine.selfcheck import self_check
 from ftray.engine.settings import ModelEngineConfig, pick_device
 from ftray.engine.swap import Placed, Swapped
 from ftray.model.build import NotBuiltError, load_model
-from ftray.model.folder import resolve_folder
+from ftray.model.folder import load_config, resolve_folder
 from ftray.model.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -74,6 +84,7 @@ class TorchRunner:
         self._device = cache.device
         self._route = route_of(base.model)
         self._slots: dict[str, int] = {}
+        self._own: dict[str, Any] = {}
 
     @torch.inference_mode()
     def forward(self, rows: list[Row], keys: list[str | None], keep: list[int]) -> torch.Tensor:
@@ -85,8 +96,10 @@ class TorchRunner:
         segments = _segments(rows, keys)
         self._set_stretches(segments)
         alone = segments[0][0] if len(segments) == 1 else None
+        # A delta with weights of its own stands alone in its steps.
+        model = self.model if alone is None else self._own.get(alone, self.model)
         with paged.using(step), self._route.use(alone, None if len(segments) == 1 else segments):
-            logits: torch.Tensor = self.model(
+            logits: torch.Tensor = model(
                 input_ids=torch.tensor([tokens], device=self._device),
                 position_ids=step.positions[None],
                 use_cache=False,
@@ -98,16 +111,16 @@ class TorchRunner:
 
     def _set_stretches(self, segments: list[Segment]) -> None:
         if self._base.swapped is not None:
-            placed = [(self._slots[key], start, stop) for key, start, stop in segments if key is not None]
+            placed = [(self._slots[key], start, stop) for key, start, stop in segments if key in self._slots]
             self._base.swapped.route.stretches = Stretches.of(placed)
 
     def release(self, seq: Sequence) -> None:
         """Blocks are cleared when they are given out again."""
 
-    def read(self, folder: str) -> LowRank | SlotDelta:
+    def read(self, folder: str) -> LowRank | SlotDelta | OwnWeights:
         """See `Places.read`."""
         found = self._base.reader.read(folder)
-        if self._base.swapped is None:
+        if self._base.swapped is None or not isinstance(found, LowRank):
             return found
         factors, stacks = found.adapter.factors, found.adapter.stacks
         pairs = {
@@ -118,8 +131,12 @@ class TorchRunner:
         experts = dataclasses.replace(found.adapter, factors={name: factors[name] for name in stacks})
         return SlotDelta(found.digest, self._base.swapped.prepare(pairs), experts, found.size_bytes)
 
-    def load(self, key: str, delta: LowRank | SlotDelta) -> None:
+    def load(self, key: str, delta: LowRank | SlotDelta | OwnWeights) -> None:
         """See `Places.load`."""
+        if isinstance(delta, OwnWeights):
+            self._own[key] = delta.model.to(self._device)
+            delta.model.set_attn_implementation(paged.NAME)
+            return
         if isinstance(delta, LowRank):
             put_adapter(self.model, key, delta.adapter)
             return
@@ -132,6 +149,7 @@ class TorchRunner:
 
     def unload(self, key: str) -> None:
         """See `Places.unload`."""
+        self._own.pop(key, None)
         if key in self._slots and self._base.swapped is not None:
             self._base.swapped.clear(self._slots.pop(key))
         unload_adapter(self.model, key)
@@ -191,6 +209,7 @@ class TorchEngineConfig(ModelEngineConfig):
             eos_ids(folder, model.config, tokenizer),
             kv_facts=kv_facts(model) if self.prefix_cache else None,
             max_host=self.max_cpu_loras,
+            max_own=self.max_own_weights,
         )
 
     def _allocate(self, runner: TorchRunner) -> None:
@@ -217,7 +236,8 @@ class TorchEngineConfig(ModelEngineConfig):
 
     def _load(self, folder: Path, gate: DeltaGate | None) -> tuple[Base | None, str]:
         """The model with the fastest layers that pass the check; None, and the reason, if nothing does."""
-        problem = ""
+        if problem := self._too_long(folder):
+            return None, problem
         for swap in (True, False):
             try:
                 model = load_model(folder, dtype=self.dtype, attn=paged.NAME).to(pick_device(self.device))
@@ -228,13 +248,28 @@ class TorchEngineConfig(ModelEngineConfig):
             except (KeyError, ValueError, ImportError, NotImplementedError) as error:
                 # Models with attention classes of their own look the name up and fail, each in its way.
                 return None, f"it takes no registered attention ({type(error).__name__}: {error})"
-            base = Base(model, DeltaReader(model, gate))
+            own = OwnReader(folder, model) if self.max_own_weights else None
+            base = Base(model, DeltaReader(model, gate, own))
             problem = self.check(base, swap=swap) or ""
             if not problem:
                 return base, ""
             if swap:
                 logger.info("%s: %s; trying its own linear layers", folder, problem)
         return None, problem
+
+    def _too_long(self, folder: Path) -> str:
+        """Why rows of the length asked for cannot share a step; empty if they can."""
+        config = load_config(folder)
+        apart, declared = max_positions(config), declared_positions(config)
+        if apart >= min(self.max_length or apart, declared):
+            if apart < declared and not self.max_length:
+                logger.warning(
+                    "%s: takes %d of its %d tokens, for beyond them rows of a batch change each other's positions;"
+                    " set max_length to have more, one request at a time",
+                    *(folder, apart, declared),
+                )
+            return ""
+        return f"beyond {apart} tokens rows of a batch change each other's positions, and max_length asks for more"
 
     def check(self, base: Base, *, swap: bool) -> str | None:
         """Why a model is not for this engine; None if it is. Its linear layers are swapped on the way if asked."""

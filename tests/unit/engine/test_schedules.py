@@ -222,7 +222,7 @@ def test_many_drawn_schedules_equal_peft(world: World, schedule: Schedule) -> No
 
 
 def test_a_tight_pool_preempts_and_all_end_right(world: World) -> None:
-    arrivals = [Arrival(0, name, 8, 4, 14, "red", 0, 1, None) for name in (None, "a", "b", "c", LIVE, "d")]
+    arrivals = [Arrival(0, name, 8, 4, 14, "red", 0, 1, None) for name in (None, LIVE) * 3]
     play = Play(world, Schedule(14, 4, 6, 16, 3, 2, True, arrivals, [(3, "b")]))
     play.run()
     stats = play.engine.stats()

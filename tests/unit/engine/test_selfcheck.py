@@ -74,3 +74,64 @@ def test_rope_that_looks_at_the_batch_caps_the_length(tmp_path: Path) -> None:
     config = AutoConfig.for_model("llama", max_position_embeddings=256, rope_parameters=rope)
     assert max_positions(config) == 64
     assert max_positions(AutoConfig.for_model("llama", max_position_embeddings=256)) == 256
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0 + 0.7 * at for at in range(8)],
+    "original_max_position_embeddings": 48,
+}
+
+
+@pytest.fixture(scope="module")
+def longrope(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Phi-3 whose positions turn for the whole batch once a row has more than 48 tokens."""
+    folder = tmp_path_factory.mktemp("longrope") / "base"
+    sizes = {"sliding_window": None, "max_position_embeddings": 128, "original_max_position_embeddings": 48}
+    return tiny.tiny_base(folder, "phi3", rope_parameters=LONGROPE, **sizes)
+
+
+def test_positions_that_rows_share_keep_rows_short_and_say_so(
+    longrope: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        engine = TorchEngineConfig().build(str(longrope))
+    assert (engine.info.engine, engine.info.max_length) == ("torch", 48)
+    assert "takes 48 of its 128 tokens" in caplog.text
+
+
+def test_longer_rows_are_answered_one_at_a_time_by_plain_hugging_face(
+    longrope: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with caplog.at_level(logging.WARNING):
+        engine = TorchEngineConfig(max_length=128).build(str(longrope))
+    assert (engine.info.engine, engine.info.max_length) == ("hf_generate", 128)
+    assert "change each other's positions" in caplog.text
+    plain = AutoModelForCausalLM.from_pretrained(longrope, dtype=torch.float32).eval()
+    sampling = Sampling(max_tokens=12, ignore_eos=True)
+    # One stays short, one passes the turn while it decodes, one begins beyond it; all at once.
+    requests = [Request(id=str(n), prompt_ids=list(range(9, 9 + n)), sampling=sampling) for n in (5, 42, 70)]
+    for request, output in zip(requests, engine.generate(requests), strict=True):
+        ids = list(request.prompt_ids)
+        for token in output.token_ids:
+            with torch.no_grad():
+                logits = plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            assert logits.max() - logits[token] <= 1e-3
+            ids.append(token)
+
+
+def test_a_batch_would_have_changed_the_answer(longrope: Path) -> None:
+    """What the fallback is for: the same row beside a longer one has other logits."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(longrope, dtype=torch.float32).eval()
+    short, long = torch.arange(9, 29), torch.arange(9, 79)
+    with torch.no_grad():
+        alone = plain(input_ids=short[None]).logits[0, -1]
+        ids = torch.stack([torch.cat([short, torch.zeros(50, dtype=torch.long)]), long])
+        beside = plain(input_ids=ids).logits[0, 19]
+    assert (alone - beside).abs().max() > 0.1

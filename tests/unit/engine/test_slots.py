@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,8 @@ class Watched(FakeRunner):
             raise DeltaError(f"{folder}: damaged; publish it anew")
         if "gone" in folder:
             raise OSError("no route to host")
-        return super().read(folder)
+        found = super().read(folder)
+        return replace(found, mixed_batch=False) if folder.endswith(".own") else found
 
     def load(self, key: str, delta: FakeDelta) -> None:
         super().load(key, delta)
@@ -216,6 +218,34 @@ def test_a_name_switches_at_once_and_those_in_flight_end_on_the_old() -> None:
         engine.load_delta("live", "/now/bad", replace=True)
     engine.add(ask("still", "live"))
     assert text(run(engine)["still"]) == "second"
+
+
+def test_deltas_that_share_no_batch_take_turns_in_steps_of_their_own() -> None:
+    engine, runner = make(max_loras=2)
+    names = {"one": True, "two": True, "whole": False, "other": False}
+    for name, mixed in names.items():
+        engine.register_delta(name, f"/{name}{'' if mixed else '.own'}")
+    steps: list[set[str | None]] = []
+    forward = runner.forward
+
+    def noting(rows: list[Row], keys: list[str | None], keep: list[int]) -> torch.Tensor:
+        steps.append({key and runner._names[key] for key in keys})
+        return forward(rows, keys, keep)
+
+    runner.forward = noting  # type: ignore[method-assign]
+    for number in range(3):
+        for delta in (None, *names):
+            engine.add(ask(f"{number}{delta}", delta))
+    outputs = run(engine)
+    assert {name: text(parts) for name, parts in outputs.items()} == {
+        f"{number}{delta}": {None: "base", "whole": "whole.own", "other": "other.own"}.get(delta, delta)
+        for number in range(3)
+        for delta in (None, *names)
+    }
+    alone = [step for step in steps if step & {"whole.own", "other.own"}]
+    assert alone and all(len(step) == 1 for step in alone)
+    assert any(len(step) > 1 for step in steps)
+    assert runner.most <= 3  # two that share, one of its own
 
 
 def test_unknown_and_known_names() -> None:

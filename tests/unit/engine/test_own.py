@@ -1,0 +1,163 @@
+"""Deltas that share no batch answer as PEFT or the fine-tuned model does, beside those that do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ftray.core.errors import DeltaError
+from ftray.engine.api import Output, Request, Sampling
+from ftray.engine.core import StepEngine
+from ftray.engine.hf_generate import HFGenerateConfig
+from ftray.engine.torch_engine import TorchEngineConfig
+from ftray.testing import tiny
+from tests.peft_reference import MARGIN, Reference
+
+
+def kinds() -> dict[str, Any]:
+    """Adapters of kinds other than plain LoRA."""
+    import peft
+
+    attention = ["q_proj", "v_proj"]
+    return {
+        "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=attention),
+        "ia3": peft.IA3Config(target_modules=[*attention, "down_proj"], feedforward_modules=["down_proj"]),
+        "lokr": peft.LoKrConfig(r=4, target_modules=attention),
+        "oft": peft.OFTConfig(r=4, oft_block_size=0, target_modules=attention),
+        "head": peft.LoraConfig(r=4, target_modules=attention, modules_to_save=["lm_head"]),
+    }
+
+
+def save(base: Path, folder: Path, config: Any, seed: int) -> Path:
+    """An adapter whose every tensor is random, saved by PEFT."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(
+    tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("kinds")
+    made = {name: save(tiny_base, root / name, config, 3) for name, config in kinds().items()}
+    return made | {"a": tiny_adapters["a"]}
+
+
+def ask(name: str, delta: str | None, prompt: int) -> Request:
+    sampling = Sampling(max_tokens=8, ignore_eos=True)
+    return Request(id=name, prompt_ids=list(range(9, 9 + prompt)), delta=delta, sampling=sampling)
+
+
+@pytest.mark.parametrize(
+    "config", [TorchEngineConfig(kv_cache_tokens=2048), HFGenerateConfig()], ids=["torch", "hf"]
+)
+def test_other_kinds_of_peft_answer_as_peft_does(
+    tiny_base: Path, adapters: dict[str, Path], config: Any
+) -> None:
+    engine: StepEngine = config.build(str(tiny_base))
+    for name, folder in adapters.items():
+        engine.register_delta(name, str(folder))
+    reference = Reference(tiny_base, adapters)
+    requests = [
+        ask(f"{number}{name}", name, 5 + 9 * number) for number in range(2) for name in (None, *adapters)
+    ]
+    for request, output in zip(requests, engine.generate(requests), strict=True):
+        assert output.error is None
+        reference.check(request, output)
+    facts = {name: engine.delta_info(name) for name in adapters}
+    assert {name: info.kind for name, info in facts.items()} == {
+        **{"a": "low_rank", "dora": "lora", "head": "lora"},
+        **{name: name for name in ("ia3", "lokr", "oft")},
+    }
+    assert [name for name, info in facts.items() if info.mixed_batch] == ["a"]
+    assert sum(info.tier == "slot" for info in facts.values() if not info.mixed_batch) == 1
+    assert sum(info.tier == "host" for info in facts.values() if not info.mixed_batch) == 0
+
+
+def test_an_adapted_output_head_is_merged(tmp_path: Path) -> None:
+    import peft
+
+    base = tiny.tiny_base(tmp_path / "base", "qwen3")
+    folder = save(base, tmp_path / "x", peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]), 1)
+    engine = TorchEngineConfig(kv_cache_tokens=512).build(str(base))
+    engine.load_delta("x", str(folder))
+    request = ask("0", "x", 12)
+    Reference(base, {"x": folder}).check(request, engine.generate([request])[0])
+
+
+def test_replacement_weights_answer_beside_the_base(tiny_base: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from ftray.delta import manifest
+    from ftray.model.identity import base_identity
+
+    tuned = tiny.tiny_base(tmp_path / "tuned", seed=7)
+    for file in tuned.iterdir():
+        if file.suffix not in (".safetensors",) and file.name not in (
+            "config.json",
+            "generation_config.json",
+        ):
+            file.unlink()
+    manifest.write(tuned, kind="replacement", base=base_identity(tiny_base))
+    engine = TorchEngineConfig(kv_cache_tokens=512).build(str(tiny_base))
+    engine.load_delta("tuned", str(tuned))
+    assert engine.delta_info("tuned").kind == "replacement"
+    outputs = engine.generate([ask("0", None, 20), ask("1", "tuned", 20), ask("2", None, 9)])
+    for folder, output in ((tiny_base, outputs[0]), (tuned, outputs[1])):
+        check(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), 20, output)
+    refusing = TorchEngineConfig(kv_cache_tokens=512, max_own_weights=0).build(str(tiny_base))
+    with pytest.raises(DeltaError, match="max_own_weights"):
+        refusing.load_delta("tuned", str(tuned))
+
+
+def check(model: Any, prompt: int, output: Output) -> None:
+    ids = [*range(9, 9 + prompt), *output.token_ids]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids[:-1]])).logits[0, prompt - 1 :]
+    chosen = logits.gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
+    assert (logits.max(-1).values - chosen <= MARGIN).all()
+
+
+def test_what_cannot_be_merged_is_refused_with_the_reason(tiny_base: Path, tmp_path: Path) -> None:
+    import peft
+
+    engine = TorchEngineConfig(kv_cache_tokens=512).build(str(tiny_base))
+    prompts = peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    folder = save(tiny_base, tmp_path / "prompts", prompts, 1)
+    assert "PROMPT_TUNING cannot be merged" in refused(engine, folder)
+    # The head of this base is its embedding, so merged the adapter would change both.
+    tied = save(tiny_base, tmp_path / "tied", peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]), 1)
+    assert "other logits" in refused(engine, tied)
+    other = tiny.tiny_base(tmp_path / "other", hidden_size=32)
+    foreign = save(
+        other, tmp_path / "foreign", peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]), 1
+    )
+    assert "cannot be used" in refused(engine, foreign)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", ".*proj"])
+def test_a_pattern_from_outside_is_never_run(tiny_base: Path, tmp_path: Path, pattern: str) -> None:
+    engine = TorchEngineConfig(kv_cache_tokens=512).build(str(tiny_base))
+    folder = save(tiny_base, tmp_path / "x", kinds()["ia3"], 1)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": pattern}))
+    assert "target_modules is a pattern" in refused(engine, folder)
+
+
+def refused(engine: StepEngine, folder: Path) -> str:
+    with pytest.raises(DeltaError) as caught:
+        engine.load_delta("x", str(folder))
+    assert engine.deltas() == []
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
