@@ -61,7 +61,9 @@ def create_admin_app(control: Control, token_sha256: str) -> ASGIApp:
         token_sha256: of the token that every request needs.
     """
     admin = _Admin(control)
-    app = FastAPI(title="ftray admin", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="ftray admin", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     errors.install(app)
     for method, path, handler in (
         ("GET", "/admin/status", admin.status),

@@ -55,7 +55,7 @@ def create_app(
         request_timeout_s: longest time from a request's arrival to its last token.
     """
     endpoint = _Endpoint(front, prompts, backend, gate, usage, request_timeout_s)
-    app = FastAPI(title="ftray", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="ftray", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     errors.install(app)
     app.add_api_route("/healthz", endpoint.health, methods=["GET"])
     app.add_api_route(METRICS_PATH, endpoint.metrics_text, methods=["GET"])
