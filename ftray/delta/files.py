@@ -89,6 +89,8 @@ def safetensors_header(path: Path) -> dict[str, Any]:
             data_bytes = max(ends, default=0)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             raise DeltaError(problem) from None
+    if not isinstance(data_bytes, int):
+        raise DeltaError(problem)
     if 8 + header_bytes + data_bytes != size_bytes:
         raise DeltaError(f"{path}: its length is not what its header says; copy it again")
     return header

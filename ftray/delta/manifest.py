@@ -15,6 +15,7 @@ from ftray.core.errors import DeltaError, FtrayError
 from ftray.core.fs import digest_file, digest_json, read_json, verify_tree, write_json
 from ftray.core.spec import dump, parse, spec
 from ftray.delta import files as delta_files
+from ftray.delta.parity import Parity
 
 MANIFEST = "ftray_delta.json"
 """Name of the manifest inside a delta folder."""
@@ -76,6 +77,8 @@ class Delta:
     """How it was computed from its parents, where it was not trained: method, settings, errors by tensor."""
     metrics: dict[str, float] = Field(default_factory=dict)
     """Measurements taken on it."""
+    parity: Parity | None = None
+    """That it answers alike alone, merged and served, if that was measured."""
     files: dict[str, str] = Field(default_factory=dict)
     """Digest of every file of the folder by relative name, the manifest itself left out."""
 
@@ -148,11 +151,6 @@ def read(folder: Path | str, verify: bool = True, *, beside: frozenset[str] = fr
             raise DeltaError(f"{folder / unnamed[0]}: not named by {MANIFEST}; remove it")
         verify_tree(folder, delta.files, error=DeltaError)
     return delta
-
-
-def check_publishable(folder: Path | str, delta: Delta) -> None:
-    """Check what the digests cannot say: that the files are of the types their names claim (`DeltaError`)."""
-    delta_files.check_contents(Path(folder), list(delta.files))
 
 
 def check_base(delta: Delta, base_identity: dict[str, Any]) -> None:

@@ -10,12 +10,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ftray.adapt.lora_experts import can_adapt
-from ftray.adapt.lora_files import Adapter, AdapterSites
+from ftray.adapt.lora_files import Adapter, AdapterSites, put_adapter, unload_adapter
+from ftray.adapt.lora_linear import route_of
 from ftray.core.errors import DeltaError
 from ftray.delta.factors import Pair
+from ftray.model.build import load_model
 from ftray.model.convert import Origin, find_origins, read
 from ftray.model.folder import weight_map
 from ftray.model.select import expert_stacks
+
+_NAME = "delta"
 
 
 class Source(Protocol):
@@ -27,6 +31,14 @@ class Source(Protocol):
 
     def pairs(self) -> Mapping[str, Pair] | None:
         """All it changes, by layer, as scaled factors; None if that is not known."""
+        ...
+
+    def attached(self, model: Any) -> Any:
+        """A model that answers under the delta alone; `model`, the base in memory, may be it."""
+        ...
+
+    def detach(self, model: Any) -> None:
+        """Let the base answer as it is again."""
         ...
 
 
@@ -48,6 +60,17 @@ class LowRank:
     def pairs(self) -> Mapping[str, Pair]:
         """The factors."""
         return {place: self._pair(place) for place in self.adapter.factors}
+
+    def attached(self, model: Any) -> Any:
+        """The base, with the factors beside its layers."""
+        put_adapter(model, _NAME, self.adapter)
+        route_of(model).active = _NAME
+        return model
+
+    def detach(self, model: Any) -> None:
+        """Take the factors away."""
+        route_of(model).active = None
+        unload_adapter(model, _NAME)
 
     def _pair(self, place: str) -> Pair:
         a, b = self.adapter.factors[place]
@@ -77,6 +100,14 @@ class Replacement:
     def pairs(self) -> None:
         """Not known."""
         return None
+
+    def attached(self, model: Any) -> Any:
+        """A model of its own."""
+        del model
+        return load_model(self.folder, attn="sdpa")
+
+    def detach(self, model: Any) -> None:
+        """It was never there."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ftray.core.spec import dump, parse
 from ftray.core.types import is_name
 from ftray.data.store import is_url
 from ftray.delta import manifest
+from ftray.delta.parity import Parity
 from ftray.registry import stage, state
 from ftray.registry.entry import Entry
 from ftray.registry.folder import FolderShelf
@@ -52,6 +53,7 @@ class Registry:
         metrics: Mapping[str, float] | None = None,
         lineage: Mapping[str, Any] | None = None,
         aliases: Iterable[str] = (),
+        parity: Parity | None = None,
     ) -> Entry:
         """Copy a delta into the registry as the next version of a name.
 
@@ -61,9 +63,11 @@ class Registry:
             metrics: measurements added to the manifest's.
             lineage: fields of `Lineage` that replace the manifest's.
             aliases: aliases to point at the new version, once it is there.
+            parity: certificate that it answers alike alone, merged and served; kept with it.
 
         Raises:
-            DeltaError: if the folder is not a whole, unharmed delta.
+            DeltaError: if the folder is not a whole, unharmed delta of a kind that is served, or the certificate
+                does not hold.
             RegistryError: if the name or an alias is refused.
         """
         folder = Path(folder)
@@ -71,7 +75,7 @@ class Registry:
         wanted = [check_alias(alias) for alias in aliases]
         stage.check_source(folder)
         with self.shelf.staging(name) as staged:
-            stage.fill(staged, folder, name, metrics or {}, lineage or {})
+            stage.fill(staged, folder, name, metrics or {}, lineage or {}, parity)
             version = self._commit(staged, name)
         if wanted:
             self._change(name, lambda now: state.promote(now, wanted, version))

@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from ftray.core.spec import dump, parse
 from ftray.delta import files as delta_files
 from ftray.delta import manifest
 from ftray.delta.manifest import Delta
+from ftray.delta.parity import Parity
+from ftray.delta.publishable import check_publishable
 from ftray.registry.shelf import VERSION_FILE
 
 BESIDE = frozenset({VERSION_FILE})
@@ -21,9 +24,14 @@ BESIDE = frozenset({VERSION_FILE})
 
 
 def fill(
-    staged: Path, source: Path, name: str, metrics: Mapping[str, float], lineage: Mapping[str, Any]
+    staged: Path,
+    source: Path,
+    name: str,
+    metrics: Mapping[str, float],
+    lineage: Mapping[str, Any],
+    parity: Parity | None,
 ) -> None:
-    """Copy a delta, check the copy, and add measurements and lineage to its manifest.
+    """Copy a delta, check the copy, and add measurements, lineage and certificate to its manifest.
 
     Raises:
         DeltaError: if the source is not a whole, unharmed delta that may be published; names its files.
@@ -34,7 +42,9 @@ def fill(
         _copy(source / file, staged / file)
     try:
         delta = manifest.read(staged)
-        manifest.check_publishable(staged, delta)
+        if parity is not None:
+            delta = replace(delta, parity=parity)
+        check_publishable(staged, delta)
     except DeltaError as error:
         raise DeltaError(str(error).replace(str(staged), str(source))) from None
     merged = dump(delta)

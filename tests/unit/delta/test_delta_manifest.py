@@ -9,6 +9,7 @@ import pytest
 
 from ftray.core.errors import DeltaError
 from ftray.delta import manifest
+from ftray.delta.publishable import check_publishable
 from ftray.testing.deltas import BASE, weights_delta
 
 WEIGHTS = "adapter_model.safetensors"
@@ -134,7 +135,7 @@ def test_pickle_named_safetensors_is_not_publishable(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(pickle.dumps({"weight": [1.0] * 100}))
     delta = manifest.write(folder, kind="low_rank", base=BASE)
     with pytest.raises(DeltaError, match=f"{WEIGHTS}: not a safetensors file"):
-        manifest.check_publishable(folder, delta)
+        check_publishable(folder, delta)
 
 
 def test_cut_safetensors_is_not_publishable(folder: Path) -> None:
@@ -142,7 +143,7 @@ def test_cut_safetensors_is_not_publishable(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     delta = manifest.write(folder, kind="low_rank", base=BASE)
     with pytest.raises(DeltaError, match="its length"):
-        manifest.check_publishable(folder, delta)
+        check_publishable(folder, delta)
 
 
 def test_custom_code_hook_is_not_publishable(folder: Path) -> None:
@@ -150,7 +151,7 @@ def test_custom_code_hook_is_not_publishable(folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(hook))
     delta = manifest.write(folder, kind="low_rank", base=BASE)
     with pytest.raises(DeltaError, match="auto_map"):
-        manifest.check_publishable(folder, delta)
+        check_publishable(folder, delta)
 
 
 def test_delta_of_another_base_names_both(folder: Path) -> None:
