@@ -11,6 +11,7 @@ from ftray.core.errors import RequestError
 from ftray.engine.api import Output, Request, Sampling
 from ftray.engine.core import StepEngine
 from ftray.engine.fake import FakeEngineConfig
+from ftray.engine.lora_slots import SlotFactors
 from ftray.engine.torch_engine import TorchEngineConfig
 from tests.peft_reference import Reference
 
@@ -155,18 +156,52 @@ def test_freed_blocks_full_of_nan_change_nothing(tiny_base: Path, tiny_adapters:
     fresh = build().generate(requests)
     used = build()
     used.generate([ask("x", "a", 50), ask("y", None, 33)])
+    # A delta of the greatest rank has stood in every part of the slot, and its place is empty.
+    used.unload_delta("a")
     poison(used)
     assert used.generate(requests) == fresh
 
 
 def poison(engine: StepEngine) -> None:
-    """Write NaN over every KV block that nobody holds and nobody may find."""
+    """Write NaN over every KV block that nobody holds and nobody may find, and over every slot out of use."""
     free = torch.tensor(engine.scheduler.pool._free)
     runner: Any = engine._runner
     with torch.inference_mode():
         for layer in runner.cache._layers.values():
             for part in layer[:2]:
                 part.view(-1, engine.scheduler.block_size, *part.shape[1:])[free] = float("nan")
+        found = [
+            value
+            for module in runner.model.modules()
+            for value in vars(module).values()
+            if isinstance(value, SlotFactors) and value.used
+        ]
+        assert found
+        for slots in found:
+            for slot, ranks in enumerate(slots._ranks):
+                if not any(ranks):
+                    slots._a_SIC[slot] = slots._b_SE[slot] = float("nan")
+
+
+def test_logits_that_are_not_finite_end_that_answer_alone_and_are_not_cached(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TorchEngineConfig(block_size=8, kv_cache_tokens=512).build(str(tiny_base))
+    runner: Any = engine._runner
+    forward = runner.forward
+
+    def broken(rows: list[Any], keys: list[Any], keep: list[int]) -> torch.Tensor:
+        logits = forward(rows, keys, keep).clone()
+        for place, row in enumerate(rows):
+            if row.seq.request.id == "bad":
+                logits[place] = float("nan")
+        return logits
+
+    monkeypatch.setattr(runner, "forward", broken)
+    good, bad = engine.generate([ask("good", prompt=20), ask("bad", prompt=24)])
+    assert (bad.finish_reason, bad.status, bad.error) == ("error", 500, "the model gave no finite logits")
+    assert (good.finish_reason, len(good.token_ids)) == ("length", 6)
+    assert engine.generate([ask("again", prompt=24)])[0].num_cached_tokens == 16  # what `good` wrote
 
 
 @pytest.mark.parametrize("text", ["👩‍👩‍👧 and 🙂END", "naïve END café", "日本語END", "plain END"])

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from ftray.engine.api import Output, Request, Sampling
 from ftray.engine.core import StepEngine
+from ftray.engine.hf_generate import HFGenerateConfig
 from ftray.engine.torch_engine import TorchEngineConfig
 from ftray.testing import tiny
 from tests.peft_reference import Reference
@@ -109,17 +111,21 @@ schedules = st.builds(
 class Play:
     """Runs one schedule."""
 
-    def __init__(self, world: World, schedule: Schedule) -> None:
+    def __init__(self, world: World, schedule: Schedule, config: type[Any] = TorchEngineConfig) -> None:
         self.world, self.schedule = world, schedule
-        self.engine: StepEngine = TorchEngineConfig(
-            kv_cache_tokens=schedule.num_blocks * schedule.block_size,
-            block_size=schedule.block_size,
-            max_num_seqs=schedule.max_num_seqs,
-            max_batch_tokens=schedule.max_batch_tokens,
-            max_loras=schedule.max_loras,
-            max_cpu_loras=schedule.max_cpu_loras,
-            prefix_cache=schedule.prefix_cache,
-        ).build(str(world.base))
+        sizes: dict[str, Any] = {
+            "kv_cache_tokens": schedule.num_blocks * schedule.block_size,
+            "max_num_seqs": schedule.max_num_seqs,
+            "max_loras": schedule.max_loras,
+            "max_cpu_loras": schedule.max_cpu_loras,
+        }
+        if config is TorchEngineConfig:
+            sizes |= {
+                "block_size": schedule.block_size,
+                "max_batch_tokens": schedule.max_batch_tokens,
+                "prefix_cache": schedule.prefix_cache,
+            }
+        self.engine: StepEngine = config(**sizes).build(str(world.base))
         self.live = "a"
         self.engine.load_delta(LIVE, str(world.folders[self.live]))
         for name, folder in world.folders.items():
@@ -212,6 +218,12 @@ class Play:
 @given(schedule=schedules)
 def test_drawn_schedules_equal_peft(world: World, schedule: Schedule) -> None:
     Play(world, schedule).run()
+
+
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(schedule=schedules)
+def test_drawn_schedules_of_the_plain_engine_equal_peft(world: World, schedule: Schedule) -> None:
+    Play(world, schedule, HFGenerateConfig).run()
 
 
 @pytest.mark.slow
