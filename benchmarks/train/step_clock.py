@@ -26,8 +26,7 @@ class _Clock:
         with self._path.open("a") as file:
             file.write(json.dumps({"cpu_s": cpu_s, "wall_s": wall_s}) + "\n")
         self._steps += 1
-        while _count(_turns(self._path)) < self._steps:
-            time.sleep(_POLL_S)
+        _wait_for(_turns(self._path), self._steps)
         self._begun = time.process_time(), time.perf_counter()
 
 
@@ -80,5 +79,5 @@ def _wait_for(path: Path, lines: int) -> None:
     deadline = time.monotonic() + _PATIENCE_S
     while _count(path) < lines:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{path}: step {lines} has not ended in {_PATIENCE_S:g} s; see the arms' log")
+            raise RuntimeError(f"{path}: no line {lines} in {_PATIENCE_S:g} s; see the arms' log")
         time.sleep(_POLL_S)
