@@ -108,14 +108,20 @@ def random_adapter(
     seed: int = 1,
     scale: float = 0.2,
     target_modules: str | list[str] = "all-linear",
+    **settings: Any,
 ) -> Path:
-    """Save a LoRA adapter made by `peft` with both factors random, so that it changes every answer."""
+    """Save a LoRA adapter made by `peft` with both factors random, so that it changes every answer.
+
+    `settings` are further fields of PEFT's `LoraConfig`.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=target_modules, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=r, lora_alpha=2 * r, target_modules=target_modules, task_type="CAUSAL_LM", **settings
+    )
     peft_model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

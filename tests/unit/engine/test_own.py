@@ -25,6 +25,7 @@ def kinds() -> dict[str, Any]:
         "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=attention),
         "ia3": peft.IA3Config(target_modules=[*attention, "down_proj"], feedforward_modules=["down_proj"]),
         "lokr": peft.LoKrConfig(r=4, target_modules=attention),
+        "loha": peft.LoHaConfig(r=2, target_modules=attention),
         "oft": peft.OFTConfig(r=4, oft_block_size=0, target_modules=attention),
         "head": peft.LoraConfig(r=4, target_modules=attention, modules_to_save=["lm_head"]),
     }
@@ -78,7 +79,7 @@ def test_other_kinds_of_peft_answer_as_peft_does(
     facts = {name: engine.delta_info(name) for name in adapters}
     assert {name: info.kind for name, info in facts.items()} == {
         **{"a": "low_rank", "dora": "lora", "head": "lora"},
-        **{name: name for name in ("ia3", "lokr", "oft")},
+        **{name: name for name in ("ia3", "lokr", "loha", "oft")},
     }
     assert [name for name, info in facts.items() if info.mixed_batch] == ["a"]
     assert sum(info.tier == "slot" for info in facts.values() if not info.mixed_batch) == 1

@@ -25,9 +25,13 @@ def setting(
     root = tmp_path_factory.mktemp(request.param)
     base = tiny.tiny_base(root / "base", request.param)
     # PEFT's `all-linear` would adapt a mixture's router too, which the base computes in a way of its own.
-    targets: str | list[str] = ["q_proj", "v_proj"] if "moe" in request.param else "all-linear"
+    experts: dict[str, Any] = {
+        "target_modules": ["q_proj", "v_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    }
+    targets = experts if "moe" in request.param else {}
     adapters = {
-        name: tiny.random_adapter(base, root / name, r=r, seed=r, target_modules=targets)
+        name: tiny.random_adapter(base, root / name, r=r, seed=r, **targets)
         for name, r in (("a", 4), ("b", 8))
     }
     return base, adapters, Reference(base, adapters)
