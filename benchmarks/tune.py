@@ -6,6 +6,7 @@
 Its base is a small Llama trained here on docstrings of the standard library; the rows are functions of it with the
 first line of their docstring. `pbt_vs_random`, `pbt_vs_asha`: see `benchmarks/tune_policies.py`; needs a walked
 quickstart (`ftray quickstart`) in this directory.
+The figures of populations are those of `benchmarks.population`.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import population
 from benchmarks.tune_policies import compare, compared
 from ftray.cluster.ray_session import session
 from ftray.config.load import write_resolved
@@ -151,7 +153,7 @@ def main() -> None:
         "--trial-s", type=float, default=30.0, help="seconds of a trial for `tune_efficiency`"
     )
     parser.add_argument("--slots", type=int, default=2)
-    parser.add_argument("--only", choices=["efficiency", "policies"])
+    parser.add_argument("--only", choices=["efficiency", "policies", "population"])
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="ftray-tune-"))
@@ -160,7 +162,9 @@ def main() -> None:
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
     }
     try:
-        if arguments.only != "efficiency":
+        if arguments.only in (None, "population"):
+            figures |= population.measure()
+        if arguments.only in (None, "policies"):
             found = {}
             for seed in range(arguments.seeds):
                 found[seed] = compare(folder, seed)
@@ -171,7 +175,7 @@ def main() -> None:
                         flush=True,
                     )
             figures |= compared(found)
-        if arguments.only != "policies":
+        if arguments.only in (None, "efficiency"):
             figures |= Bench(folder, arguments.base_steps).efficiency(arguments.trial_s, arguments.slots)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
