@@ -80,13 +80,13 @@ def _certificate(folder: Path, base: str, engine: str) -> "Parity":
     from ftray.core.spec import build_piece
     from ftray.delta import manifest
     from ftray.delta.parity import check_parity
-    from ftray.delta.publishable import check_publishable
+    from ftray.delta.publishable import check_safe
     from ftray.eval.parity import certify
     from ftray.registry.stage import BESIDE
 
     # Before anything of it is loaded.
     delta = manifest.read(folder, beside=BESIDE)
-    check_publishable(folder, delta)
+    check_safe(folder, delta)
     with bar("compare alone, merged and served"):
         certificate = certify(folder, base, build_piece("engine", parse_yaml(engine, "--engine")))
     check_parity(certificate, delta.digest)

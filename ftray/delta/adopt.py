@@ -1,10 +1,11 @@
-"""A plain PEFT adapter as a delta: checked against its base, copied, with a manifest."""
+"""A PEFT adapter as a delta: checked against its base, copied, with a manifest."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ftray.adapt.lora import load_adapter
+from ftray.adapt.peft_files import OtherKindError
 from ftray.config.recipe import ModelConfig
 from ftray.core.errors import DeltaError
 from ftray.delta import files as delta_files
@@ -16,7 +17,7 @@ from ftray.model.tokenizer import chat_template_hash, load_tokenizer
 
 
 def adopt(folder: Path, base: str, into: Path, **fields: Any) -> list[str]:
-    """Make a delta folder of a LoRA that was saved by `peft`; `folder` is left as it is.
+    """Make a delta folder of an adapter that was saved by `peft`; `folder` is left as it is.
 
     Links, folders, and files of a type that a delta may not hold (`training_args.bin`, a checkpoint) stay behind.
 
@@ -30,20 +31,24 @@ def adopt(folder: Path, base: str, into: Path, **fields: Any) -> list[str]:
         Names of what stayed behind.
 
     Raises:
-        DeltaError: if it is no plain LoRA or does not fit the base.
+        DeltaError: if it is a plain LoRA that does not fit the base. Whether another kind does, is for its
+            parity certificate to say.
         ModelError: if the base cannot be read.
     """
     base_folder = resolve_folder(base)
     left = _copy(folder, into)
     # The copy is what gets checked. Names and shapes are enough, so the base's weights stay on the disk.
     structure = build_structure(ModelConfig(model_name_or_path=str(base_folder)))
+    kind = "low_rank"
     try:
         load_adapter(structure, "adopted", into)
+    except OtherKindError:
+        kind = "peft"
     except DeltaError as error:
         raise DeltaError(str(error).replace(str(into), str(folder))) from None
     manifest.write(
         into,
-        kind="low_rank",
+        kind=kind,
         base=base_identity(base_folder),
         chat_template_hash=chat_template_hash(load_tokenizer(base_folder)),
         **fields,

@@ -105,7 +105,7 @@ def derive(
     identity, template = base_identity(folder), _check_parents(parents, base_identity(folder))
     dtype = dtype or ("bfloat16" if str(load_config(folder).dtype) == "torch.bfloat16" else "float32")
     structure = build_structure(ModelConfig(model_name_or_path=str(folder), dtype=dtype))  # type: ignore[arg-type]
-    sites = Sites(structure)
+    sites = Sites(structure, folder)
     sources = [sites.open(parent.folder, parent.delta.kind) for parent in parents]
     combination.weights(len(sources))
     kind = kind or ("low_rank" if rank or all(s.pairs() is not None for s in sources) else "replacement")

@@ -25,6 +25,7 @@ FORMAT = 1
 _REQUIRED = {
     "low_rank": ("adapter_config.json", "adapter_model.safetensors"),
     "replacement": ("config.json",),
+    "peft": ("adapter_config.json", "adapter_model.safetensors"),
 }
 _DIGEST_PATTERN = r"^[a-z0-9]+:[0-9a-f]{16,128}$"
 
@@ -63,8 +64,9 @@ class Delta:
 
     format: int = FORMAT
     """Manifest format."""
-    kind: Literal["low_rank", "replacement"]
-    """`low_rank`: LoRA factors in PEFT's layout; `replacement`: whole weights in Hugging Face's layout."""
+    kind: Literal["low_rank", "replacement", "peft"]
+    """`low_rank`: LoRA factors in PEFT's layout; `replacement`: whole weights in Hugging Face's layout; `peft`:
+    another adapter of PEFT's, which is merged to be served."""
     base: BaseIdentity
     """The base it changes."""
     chat_template_hash: str = ""

@@ -17,6 +17,9 @@ from ftray.delta.manifest import Delta
 from ftray.delta.parity import check_parity
 from ftray.model.folder import check_folder
 
+_Tensors = Mapping[str, Mapping[str, Any]]
+"""Headers of the files of weights."""
+
 
 @dataclass(frozen=True)
 class Caps:
@@ -31,10 +34,26 @@ class Caps:
 
 
 def check_publishable(folder: Path, delta: Delta, caps: Caps | None = None) -> None:
-    """Check a delta whose digests are verified.
+    """Check a delta whose digests are verified, with its certificate.
 
     Raises:
         DeltaError: one line naming the file, tensor or setting.
+    """
+    check_safe(folder, delta, caps)
+    if delta.parity is not None:
+        check_parity(delta.parity, delta.digest)
+    elif delta.kind in _MEASURED:
+        raise DeltaError(
+            f"{folder}: this kind of adapter has to be merged to be served; publish it with `--base` so that the"
+            " answers are compared, or train a plain LoRA"
+        )
+
+
+def check_safe(folder: Path, delta: Delta, caps: Caps | None = None) -> None:
+    """Check what may be known without loading anything.
+
+    Raises:
+        DeltaError: as `check_publishable`.
     """
     caps = caps or Caps()
     folder = Path(folder)
@@ -54,17 +73,14 @@ def check_publishable(folder: Path, delta: Delta, caps: Caps | None = None) -> N
     _KINDS[delta.kind](folder, tensors, caps)
     for name in tensors:
         _check_finite(folder / name)
-    if delta.parity is not None:
-        check_parity(delta.parity, delta.digest)
 
 
-def _check_low_rank(folder: Path, tensors: Mapping[str, Mapping[str, Any]], caps: Caps) -> None:
-    settings = read_json(folder / CONFIG)
-    if isinstance(settings, dict) and settings.get("modules_to_save"):
-        saved = ", ".join(map(str, settings["modules_to_save"]))
+def _check_low_rank(folder: Path, tensors: _Tensors, caps: Caps) -> None:
+    saved = _settings(folder).get("modules_to_save")
+    if saved:
         raise DeltaError(
-            f"{folder / CONFIG}: modules_to_save ({saved}) replaces whole modules of the base, which tenants share;"
-            " train without it, or fully"
+            f"{folder / CONFIG}: modules_to_save={saved} replaces modules of the base, which tenants share; train"
+            " without it, or publish the adapter with its base to have it merged"
         )
     config = read_config(folder)
     ranks, stacked = config.ranks(), bool(config.target_parameters)
@@ -91,7 +107,7 @@ def _check_low_rank(folder: Path, tensors: Mapping[str, Mapping[str, Any]], caps
         raise DeltaError(f"{folder / WEIGHTS}: holds no tensors; save the adapter again")
 
 
-def _check_replacement(folder: Path, tensors: Mapping[str, Mapping[str, Any]], caps: Caps) -> None:
+def _check_replacement(folder: Path, tensors: _Tensors, caps: Caps) -> None:
     del tensors, caps
     try:
         check_folder(folder)
@@ -102,10 +118,40 @@ def _check_replacement(folder: Path, tensors: Mapping[str, Mapping[str, Any]], c
             raise DeltaError(f"{folder}: {name} scores texts and is no language model; it cannot be served")
 
 
-_KINDS: dict[str, Callable[[Path, Mapping[str, Mapping[str, Any]], Caps], None]] = {
+def _check_peft(folder: Path, tensors: _Tensors, caps: Caps) -> None:
+    settings = _settings(folder)
+    if settings.get("task_type") not in (None, "CAUSAL_LM"):
+        raise DeltaError(f"{folder / CONFIG}: task_type {settings['task_type']} is no language model's")
+    for field in ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules"):
+        # PEFT takes a text for a regular expression, and one can be made to run for ever.
+        if isinstance(settings.get(field), str) and settings[field] != "all-linear":
+            raise DeltaError(
+                f"{folder / CONFIG}: {field} is a pattern; save the adapter with a list of names"
+            )
+    if settings.get("megatron_config"):
+        raise DeltaError(f"{folder / CONFIG}: megatron_config asks for code to be imported; remove it")
+    for side in ("lora_A", "lora_B", "hada_w1_a", "lokr_w1", "oft_R"):
+        for key, info in tensors[WEIGHTS].items():
+            if f".{side}" in key and min(info["shape"]) > caps.max_rank:
+                raise DeltaError(f"{folder / WEIGHTS}: `{key}` has a rank above {caps.max_rank}; truncate it")
+
+
+_KINDS: dict[str, Callable[[Path, _Tensors, Caps], None]] = {
     "low_rank": _check_low_rank,
     "replacement": _check_replacement,
+    "peft": _check_peft,
 }
+
+
+_MEASURED = frozenset({"peft"})
+"""Kinds that are published with a certificate only: nothing else says that PEFT merges them right."""
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    settings = read_json(folder / CONFIG)
+    if not isinstance(settings, dict):
+        raise DeltaError(f"{folder / CONFIG}: holds no settings; save the adapter again with `peft`")
+    return settings
 
 
 def _check_finite(path: Path) -> None:

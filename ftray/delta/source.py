@@ -14,6 +14,7 @@ from ftray.adapt.lora_files import Adapter, AdapterSites, put_adapter, unload_ad
 from ftray.adapt.lora_linear import route_of
 from ftray.core.errors import DeltaError
 from ftray.delta.factors import Pair
+from ftray.delta.peft_source import PeftAdapter
 from ftray.model.build import load_model
 from ftray.model.convert import Origin, find_origins, read
 from ftray.model.folder import weight_map
@@ -129,10 +130,15 @@ class Layer:
 
 
 class Sites:
-    """Where the structure of a base can be changed."""
+    """Where the structure of a base can be changed.
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    Args:
+        model: the structure, its weights on meta or not.
+        base: the base's folder.
+    """
+
+    def __init__(self, model: Any, base: Path) -> None:
+        self.model, self._base = model, base
         self._adapters = AdapterSites(model)
         head = model.get_output_embeddings()
         parameters = {name for name, _ in model.named_parameters()}
@@ -168,8 +174,15 @@ class Sites:
         """A delta of whole weights."""
         return Replacement(folder, self.model, find_origins(self.model, weight_map(folder)))
 
+    def peft(self, folder: Path) -> Source:
+        """A delta of another kind of PEFT's."""
+        first = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        every = self.model.named_parameters(remove_duplicate=False)
+        return PeftAdapter(folder, self._base, {name: first[id(parameter)] for name, parameter in every})
+
 
 _KINDS: dict[str, Callable[[Sites, Path], Source]] = {
     "low_rank": Sites.low_rank,
     "replacement": Sites.replacement,
+    "peft": Sites.peft,
 }

@@ -40,7 +40,7 @@ def certify(folder: Path, base: str, engine: EngineConfig) -> Parity:
     path = resolve_folder(base)
     prompts = _prompts(load_tokenizer(path))
     model = load_model(path, attn="sdpa")
-    sites = Sites(model)
+    sites = Sites(model, path)
     names = [name for name, _ in model.named_parameters()]
     source = sites.open(folder, delta.kind)
     with torch.no_grad():

@@ -42,8 +42,8 @@ def fill(
         _copy(source / file, staged / file)
     try:
         delta = manifest.read(staged)
-        if parity is not None:
-            delta = replace(delta, parity=parity)
+        # What the folder itself says was measured is its maker's word.
+        delta = replace(delta, parity=parity)
         check_publishable(staged, delta)
     except DeltaError as error:
         raise DeltaError(str(error).replace(str(staged), str(source))) from None

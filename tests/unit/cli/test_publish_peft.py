@@ -70,7 +70,8 @@ def test_an_adapter_of_another_base_or_kind_is_one_line(
     def refused(*words: Any) -> str:
         capsys.readouterr()
         assert publish(adapter, "mine", "--registry", tmp_path / "registry", *words) == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        *notes, line = capsys.readouterr().err.splitlines()
+        assert all(note.startswith("note: ") for note in notes)
         return line
 
     assert "name it: --base FOLDER" in refused()
@@ -78,12 +79,14 @@ def test_an_adapter_of_another_base_or_kind_is_one_line(
     other = tiny.tiny_base(tmp_path / "other", hidden_size=32, num_attention_heads=2)
     assert f"{adapter}: `model.layers.0." in (line := refused("--base", other)) and "another base" in line
     config = read_json(adapter / "adapter_config.json")
-    write_json(adapter / "adapter_config.json", config | {"init_lora_weights": "pissa"})
-    assert "init_lora_weights='pissa' is not plain LoRA" in refused("--base", tiny_base)
+    write_json(adapter / "adapter_config.json", config | {"megatron_config": {"a": 1}})
+    assert "megatron_config asks for code to be imported" in refused("--base", tiny_base)
+    write_json(adapter / "adapter_config.json", config | {"use_dora": True})
+    assert "has to be merged to be served" in refused("--base", tiny_base, "--no-parity")
     write_json(adapter / "adapter_config.json", config)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     assert "pickled adapters are never read" in refused("--base", tiny_base)
-    assert not (tmp_path / "registry").exists()
+    assert not list((tmp_path / "registry").rglob("*.json"))
 
 
 def test_a_delta_is_checked_against_the_base_that_is_named(

@@ -189,7 +189,7 @@ def test_values_that_are_not_finite_are_refused(folder: Path, value: float, dtyp
     [
         (
             {"modules_to_save": ["embed_tokens", "lm_head"]},
-            r"modules_to_save \(embed_tokens, lm_head\) replaces",
+            r"modules_to_save=\['embed_tokens', 'lm_head'\] replaces",
         ),
         ({"modules_to_save": ["score"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
