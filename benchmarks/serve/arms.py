@@ -115,6 +115,8 @@ class HuggingFace:
     def fastest(self, prompts: Sequence[Prompt], new_tokens: int, batches: Sequence[int]) -> tuple[int, Work]:
         """The batch size with most tokens a second of processor time."""
         found = {size: self.work(prompts, new_tokens, size) for size in batches}
+        if len(found) == 1:
+            return next(iter(found.items()))
         size = max(found, key=lambda size: measure(found[size]).per_cpu_s)
         return size, found[size]
 

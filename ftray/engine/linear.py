@@ -103,28 +103,19 @@ class SlotLinear(nn.Module):
         num_slots: int,
     ) -> None:
         super().__init__()
-        weight = (
-            torch.cat([weight.detach() for weight in weights]) if len(weights) > 1 else weights[0].detach()
-        )
-        bias = (
-            None if biases[0] is None else torch.cat([bias.detach() for bias in biases if bias is not None])
-        )
+        weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+        bias = None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
         self.bounds = [0, *accumulate(weight.shape[0] for weight in weights)]
         self.multiply = fastest(weight, bias)
-        self.biases = list(biases)
         self.route = route
         widths = [weight.shape[0] for weight in weights]
         self.slots = SlotFactors(weight.shape[1], widths, num_slots, weight.dtype, weight.device)
-        self.replaced: dict[int, torch.Tensor] = {}
-        """Weights `[out, in]` that stand in for a part's own while a step of another kind of delta runs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` `[..., in_features]` to `[..., out_features]`, the parts side by side."""
         y = self.multiply(x)
-        for part, weight in self.replaced.items():
-            y[..., self.bounds[part] : self.bounds[part + 1]] = F.linear(x, weight, self.biases[part])
         if self.route.stretches is not None and self.slots.used:
             self.slots.add(
                 y.view(-1, self.out_features), x.reshape(-1, self.in_features), self.route.stretches

@@ -121,7 +121,7 @@ class SlotFactors:
 
     def _add_plain(self, y_TO: torch.Tensor, x_TI: torch.Tensor, stretches: Stretches) -> None:
         for slot, start, stop in stretches.rows:
-            ranks = self._ranks[slot]
+            ranks = self._ranks[slot] if slot < len(self._ranks) else []
             columns = sum(ranks)
             if not columns:
                 continue

@@ -177,6 +177,9 @@ at::Tensor paged_decode(const at::Tensor& q, const at::Tensor& keys, const at::T
   TORCH_CHECK(q.dim() == 3 && q.stride(2) == 1 && keys.is_contiguous() && values.is_contiguous(), "layout of q or cache");
   TORCH_CHECK(q.size(2) % kLanes == 0 && values.size(2) % kLanes == 0, "sizes of heads must be multiples of 16");
   TORCH_CHECK(table.stride(1) == 1 && lengths.is_contiguous() && table.size(0) == q.size(0), "table");
+  const int64_t* length = lengths.data_ptr<int64_t>();
+  for (int64_t row = 0; row < q.size(0); ++row)
+    TORCH_CHECK(length[row] <= table.size(1) * block_size, "a row is longer than its blocks");
   TORCH_CHECK(q.scalar_type() == keys.scalar_type() && q.scalar_type() == values.scalar_type(), "one type for all");
   const int64_t kv_heads = keys.size(1);
   const Shape shape{q.size(1), kv_heads, q.size(1) / kv_heads, q.size(2), values.size(2), block_size,

@@ -133,13 +133,15 @@ void add_all(at::Tensor& y, const at::Tensor& x, const at::Tensor& a, const at::
   };
   std::vector<Block> blocks;
   const int64_t* segment = segments.data_ptr<int64_t>();
-  for (int64_t i = 0; i < segments.size(0); ++i, segment += 3)
-    for (int64_t at = segment[1]; segment[0] >= 0 && at < segment[2];) {
+  for (int64_t i = 0; i < segments.size(0); ++i, segment += 3) {
+    TORCH_CHECK(segment[1] >= 0 && segment[2] <= x.size(0), "a segment goes beyond the tokens");
+    for (int64_t at = segment[1]; segment[0] >= 0 && segment[0] < a.size(0) && at < segment[2];) {
       int64_t left = segment[2] - at;
       int count = left >= kTokens ? kTokens : left >= 4 ? 4 : left >= 2 ? 2 : 1;
       blocks.push_back({segment[0], at, count});
       at += count;
     }
+  }
   const T* xs = x.data_ptr<T>();
   T* ys = y.data_ptr<T>();
   const T *as = a.data_ptr<T>(), *bs = b.data_ptr<T>();
@@ -165,7 +167,8 @@ void add_all(at::Tensor& y, const at::Tensor& x, const at::Tensor& a, const at::
 }
 
 // y [T, outputs] and x [T, inputs] with contiguous rows; a [slots, inputs, columns]; b [slots, >= what the ranks need];
-// ranks [slots, parts]; bounds [parts + 1]; segments [n, 3] of (slot or -1, first token, token after the last).
+// ranks [slots, parts]; bounds [parts + 1]; segments [n, 3] of (slot, first token, token after the last); a
+// slot that is not there adds nothing.
 void lora_add(at::Tensor y, const at::Tensor& x, const at::Tensor& a, const at::Tensor& b, const at::Tensor& ranks,
               const at::Tensor& bounds, const at::Tensor& segments) {
   TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.stride(1) == 1 && y.stride(1) == 1, "rows must be contiguous");
@@ -173,6 +176,7 @@ void lora_add(at::Tensor y, const at::Tensor& x, const at::Tensor& a, const at::
   TORCH_CHECK(a.size(1) == x.size(1) && x.size(0) == y.size(0), "shapes of x, y and A differ");
   TORCH_CHECK(y.scalar_type() == x.scalar_type() && a.scalar_type() == x.scalar_type() &&
               b.scalar_type() == x.scalar_type(), "one type for all");
+  TORCH_CHECK(ranks.size(0) == a.size(0), "ranks of every slot");
   TORCH_CHECK(segments.is_contiguous() && ranks.is_contiguous() && bounds.numel() == ranks.size(1) + 1, "layout");
   if (x.scalar_type() == at::kFloat) {
     add_all<float>(y, x, a, b, ranks, bounds, segments);
