@@ -1,7 +1,9 @@
-"""`python -m benchmarks.chaos --train|--tune [--json] [--minutes 10] [--keep FOLDER]`: what kills leave behind.
+"""`python -m benchmarks.chaos --train|--tune|--serve [--json] [--minutes 10] [--keep FOLDER]`: what
+kills leave behind.
 
-Real commands are disturbed for some minutes and their outcome is compared with that of one nobody disturbed; the
-last line is one JSON object. With `--keep` a campaign of training runs goes on where the last command left it.
+Real commands, or an endpoint under load, are disturbed for some minutes, and their outcome is compared with that of
+one nobody disturbed; the last line is one JSON object. With `--keep` a campaign of training runs goes on where the
+last command left it.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-from benchmarks import chaos_train, chaos_tune
+from benchmarks import chaos_serve, chaos_train, chaos_tune
 
 
 def main() -> None:
@@ -24,6 +26,7 @@ def main() -> None:
     disturbed = parser.add_mutually_exclusive_group(required=True)
     disturbed.add_argument("--train", action="store_true", help="disturb training runs")
     disturbed.add_argument("--tune", action="store_true", help="disturb searches")
+    disturbed.add_argument("--serve", action="store_true", help="disturb an endpoint")
     parser.add_argument("--minutes", type=float, default=10.0, help="start no further run after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -42,6 +45,9 @@ def main() -> None:
         if arguments.tune:
             found = chaos_tune.campaign(folder, minutes, seed, quiet)
             failed = found["searches_finished"] < found["searches"]
+        elif arguments.serve:
+            found = chaos_serve.campaign(folder, minutes, seed, quiet)
+            failed = found["promises_broken"] > 0
         else:
             found = chaos_train.campaign(folder, minutes, seed, arguments.kinds, quiet)
             failed = found["runs_finished"] < found["runs"]

@@ -1,6 +1,7 @@
 """The admin API: what is served and to whom, changed while the endpoint runs. Its own listener, loopback only."""
 
 import asyncio
+import contextlib
 import datetime
 import hashlib
 import hmac
@@ -167,6 +168,14 @@ async def _body(request: Request, cls: Any) -> Any:
     return parse(bytes(data) or b"{}", cls)
 
 
+class _Server(uvicorn.Server):
+    """Leaves the process's signals to whoever owns the process."""
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        """See `uvicorn.Server`."""
+        return contextlib.nullcontext()
+
+
 class AdminServer:
     """Serves the application on loopback, in the event loop it is started in.
 
@@ -181,7 +190,7 @@ class AdminServer:
         self._socket.bind((LOOPBACK, port))
         self.port: int = self._socket.getsockname()[1]
         config = uvicorn.Config(app, log_level="warning", lifespan="off", access_log=False)
-        self._server = uvicorn.Server(config)
+        self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

@@ -12,20 +12,22 @@ SLACK = 8
 """Requests by which the home may be ahead of the least busy replica before that one is preferred."""
 
 
-def preferred(delta: str | None, queues: Mapping[str, int | None]) -> list[list[str]]:
+def preferred(delta: str | None, queues: Mapping[str, int | None], attempt: int = 0) -> list[list[str]]:
     """Replicas by rank, the first to be tried first; those of one rank are tried by their load.
 
     Args:
         delta: digest of the delta; None: the base, which every replica has.
         queues: requests at each replica, None where that is not known.
+        attempt: how often the request has been tried in vain; each time another replica comes first.
     """
     if not queues:
         return []
     if delta is None:
         return [list(queues)]
-    home = max(queues, key=lambda name: xxhash.xxh3_64_intdigest(f"{delta}|{name}".encode()))
+    ranked = sorted(queues, key=lambda name: xxhash.xxh3_64_intdigest(f"{delta}|{name}".encode()))
+    home = ranked[attempt % len(ranked)]
     known = [queue for queue in queues.values() if queue is not None]
-    if known and (queues[home] or 0) > min(known) + SLACK:
+    if not attempt and known and (queues[home] or 0) > min(known) + SLACK:
         return [list(queues)]
     others = [name for name in queues if name != home]
     return [[home], others] if others else [[home]]

@@ -163,11 +163,7 @@ class Control:
                 if model.digest in rollout.rejected
             ],
             "problems": [{"ref": ref, "problem": problem} for ref, problem in self.problems.items()],
-            "engines": [
-                {"name": member.member, "loaded": len(member.loaded)}
-                for member in members
-                if member.is_engine
-            ],
+            "engines": [_engine_row(member) for member in members if member.is_engine],
             "fronts": [
                 {"name": member.member, "in_flight": member.in_flight}
                 for member in members
@@ -191,6 +187,14 @@ class Control:
 
 def _row(model: ServedModel) -> dict[str, Any]:
     return {"id": model.id, "ref": model.ref, "digest": model.digest}
+
+
+def _engine_row(report: Report) -> dict[str, Any]:
+    load = {name: getattr(report.stats, name) for name in _LOAD} if report.stats else {}
+    return {"name": report.member, "loaded": len(report.loaded), **load}
+
+
+_LOAD = ("running", "waiting", "blocks_used", "blocks_total", "slots_used", "slots_total")
 
 
 def _stands_for(ref: str, id: str) -> bool:

@@ -71,7 +71,9 @@ class EngineFollower:
 
     async def _report(self) -> Orders:
         held, failed = self._holder.loaded, dict(self._holder.failed)
-        return await self._control.sync(Report(member=self.name, is_engine=True, loaded=held, failed=failed))
+        stats = await self._loop.stats()
+        report = Report(member=self.name, is_engine=True, loaded=held, failed=failed, stats=stats)
+        return await self._control.sync(report)
 
 
 class FrontFollower:

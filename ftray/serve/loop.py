@@ -5,12 +5,13 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ftray.core.errors import RequestError
+from ftray.engine.answer import joined
 from ftray.engine.api import Engine, EngineInfo, EngineStats, Output, Request
 from ftray.serve.backend import Unavailable
 from ftray.serve.errors import described
@@ -89,11 +90,14 @@ class EngineLoop:
         try:
             self._post(lambda: self._add(request))
             while going:
-                item = await stream.queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                going = 0 if item.finish_reason == "error" else going - (item.finish_reason is not None)
-                yield item
+                items = [await stream.queue.get()]
+                while not stream.queue.empty():
+                    items.append(stream.queue.get_nowait())
+                for item in _coalesced(items):
+                    if isinstance(item, Exception):
+                        raise item
+                    going = 0 if item.finish_reason == "error" else going - (item.finish_reason is not None)
+                    yield item
         finally:
             self._streams.pop(request.id, None)
             # Also after its end: a failed step ends requests that the engine is yet to see.
@@ -192,6 +196,16 @@ class EngineLoop:
                 loop.call_soon_threadsafe(_put_all, pairs)
             except RuntimeError:  # the loop was closed while its requests were in flight
                 logger.warning("%d requests lost their event loop", len(pairs))
+
+
+def _coalesced(items: Sequence[Output | Exception]) -> list[Output | Exception]:
+    """What has come while the reader was busy, in one output for each answer: fewer, larger pieces to send on."""
+    outputs: dict[int, list[Output]] = {}
+    for item in items:
+        if isinstance(item, Exception):
+            return [*map(joined, outputs.values()), item]
+        outputs.setdefault(item.index, []).append(item)
+    return [joined(parts) for parts in outputs.values()]
 
 
 def _put_all(pairs: list[tuple["asyncio.Queue[Any]", Any]]) -> None:

@@ -49,7 +49,7 @@ class Handle:
 
     def stop(self) -> None:
         """Take no more requests, let those in flight end, then stop what serves; other applications stay."""
-        with contextlib.suppress(RayError, RayServeException, RuntimeError):
+        with contextlib.suppress(RayError, RayServeException, RuntimeError, TimeoutError):
             _drain(self.drain_timeout_s)
         _stop()
 

@@ -38,9 +38,9 @@ class RayBackend:
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """See `Backend.generate`. A request whose replica dies before its first token is tried elsewhere."""
-        for attempt in range(1, _ATTEMPTS + 1):
+        for attempt in range(_ATTEMPTS):
             started = False
-            items: Any = self._engine.options(stream=True).generate.remote(request)
+            items: Any = self._engine.options(stream=True).generate.remote(request, attempt)
             try:
                 async for item in items:
                     if isinstance(item, Refused):
@@ -53,10 +53,10 @@ class RayBackend:
             except RayTaskError:
                 raise  # the replica lives; its mistake would be the same again
             except (RayError, RayServeException, Unavailable) as error:
-                if started or attempt == _ATTEMPTS:
+                if started or attempt == _ATTEMPTS - 1:
                     raise Unavailable("the engine went away") from error
                 logger.warning("a replica went away before the first token; trying another")
-                await asyncio.sleep(_PAUSE_S * (attempt - 1))
+                await asyncio.sleep(_PAUSE_S * attempt)
             finally:
                 items.cancel()
 

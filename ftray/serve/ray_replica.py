@@ -78,8 +78,16 @@ class EngineReplica:
         await self._follower.follow()
         self._following = asyncio.create_task(repeat(self._follower.follow, config.follow_s))
 
-    async def generate(self, request: Request) -> AsyncGenerator[Output | Refused | Gone, None]:
-        """Outputs of a request; a refusal, a stopped engine and a mistake of ours are said in band."""
+    async def generate(
+        self, request: Request, attempt: int = 0
+    ) -> AsyncGenerator[Output | Refused | Gone, None]:
+        """Outputs of a request; a refusal, a stopped engine and a mistake of ours are said in band.
+
+        Args:
+            request: the request.
+            attempt: how often it was tried before; the router reads it.
+        """
+        del attempt
         if not self._follower.has(request.delta):
             # It was switched to before this replica heard of it.
             with contextlib.suppress(Unavailable):

@@ -1,5 +1,8 @@
 """Delta affinity as a request router of Ray Serve."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
 from ftray.engine.api import Request
@@ -19,6 +22,13 @@ class AffinityRouter(FIFOMixin, RequestRouter):
         queues = {
             name: self.replica_queue_len_cache.get(replica.replica_id) for name, replica in replicas.items()
         }
-        request = pending_request.args[0] if pending_request and pending_request.args else None
-        delta = request.delta if isinstance(request, Request) else None
-        return [[replicas[name] for name in rank] for rank in preferred(delta, queues)]
+        delta, attempt = _asked(pending_request.args if pending_request else ())
+        return [[replicas[name] for name in rank] for rank in preferred(delta, queues, attempt)]
+
+
+def _asked(arguments: Sequence[Any]) -> tuple[str | None, int]:
+    """The delta of a call of `generate`, and how often it was tried before; of any other call nothing."""
+    match arguments:
+        case [Request(delta=delta), int(attempt)]:
+            return delta, attempt
+    return None, 0

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ftray.engine.api import EngineStats
 from ftray.serve.backend import ServedModel
 
 
@@ -23,6 +24,8 @@ class Report:
     """Digests an engine holds and has probed."""
     failed: Mapping[str, str] = field(default_factory=dict)
     """Digests an engine refuses, and why."""
+    stats: EngineStats | None = None
+    """Load of an engine."""
     in_use: Sequence[ServedModel] = ()
     """What a front offers, or has requests in flight for."""
     in_flight: int = 0

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
-    return {name: tiny.random_adapter(base, root / name, r=r, seed=r) for name, r in (("a", 4), ("b", 8))}
+    return {
+        name: tiny.random_adapter(base, root / name, r=r, seed=r)
+        for name, r in (("a", 4), ("b", 8), ("c", 2))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +60,15 @@ def config(base: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempP
     settings = {
         "base": str(base),
         "registry": str(registry.root),
-        "deltas": ["a", "b"],
+        "deltas": ["a", "b", "c"],
         "port": 0,
+        "num_replicas": 2,
+        "follow_s": 0.3,
+        "admin_port": 0,
+        "admin_token_sha256": hashlib.sha256(b"admin").hexdigest(),
         "metrics_key_sha256": hashlib.sha256(b"operator").hexdigest(),
         "tenants": [
-            {"name": "all", "key_sha256": hashlib.sha256(b"all").hexdigest(), "deltas": ["a", "b"]},
+            {"name": "all", "key_sha256": hashlib.sha256(b"all").hexdigest(), "deltas": ["a", "b", "c"]},
             {"name": "ann", "key_sha256": key, "deltas": ["a"]},
         ],
     }
@@ -110,8 +118,15 @@ def expected(engine: StepEngine) -> dict[str, str]:
     }
 
 
+def status(handle: Any) -> dict[str, Any]:
+    """What the admin API says of the endpoint."""
+    url = f"http://127.0.0.1:{handle.admin_port}/admin/status"
+    found: dict[str, Any] = httpx.get(url, headers={"authorization": "Bearer admin"}).json()
+    return found
+
+
 def test_models_are_listed(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list().data] == ["base", "a", "b"]
+    assert [model.id for model in client.models.list().data] == ["base", "a", "b", "c"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -145,6 +160,15 @@ def test_a_prompt_that_is_too_long_is_refused_by_the_engine(client: openai.OpenA
         client.completions.create(model="a", prompt="x" * 4100)
 
 
+def test_the_admin_api_listens_on_its_own_port_and_asks_for_its_token(handle: Any) -> None:
+    url = f"http://127.0.0.1:{handle.admin_port}/admin/status"
+    assert httpx.get(url, headers={"authorization": "Bearer all"}).status_code == 401
+    found = status(handle)
+    assert [row["id"] for row in found["models"]] == ["base", "a", "b", "c"]
+    assert (len(found["engines"]), len(found["fronts"])) == (2, 1)
+    assert httpx.get(f"{handle.url}/admin/status", headers={"authorization": "Bearer all"}).status_code == 404
+
+
 def test_tenants_see_their_own(client: openai.OpenAI, handle: Any) -> None:
     ann = openai.OpenAI(base_url=f"{handle.url}/v1", api_key=KEY, max_retries=0)
     assert [model.id for model in ann.models.list().data] == ["base", "a"]
@@ -162,49 +186,96 @@ def test_a_client_that_leaves_frees_its_blocks(handle: Any, endless: list[int], 
     body = {"model": "base", "prompt": endless, "max_tokens": 4000, "stream": stream, "temperature": 0}
     url = f"{handle.url}/v1/completions"
 
-    def blocks() -> float:
-        operator = {"authorization": "Bearer operator"}
-        text = httpx.get(f"{handle.url}/metrics", headers=operator).text
-        return float(text.partition("\nftray_engine_blocks_used ")[2].split()[0])
+    def blocks() -> int:
+        return sum(row["blocks_used"] for row in status(handle)["engines"])
 
     if stream:
         with httpx.stream("POST", url, json=body, headers=headers) as response:
             lines = response.iter_lines()  # closes the response when it is collected
             next(lines)
-            assert blocks() > 0
+            until = time.monotonic() + 2
+            while not blocks():  # replicas report every now and then
+                assert time.monotonic() < until
+                time.sleep(0.05)
     else:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url, json=body, headers=headers, timeout=0.5)
-    until = time.monotonic() + 2
+    until = time.monotonic() + 3
     while blocks():
         assert time.monotonic() < until
         time.sleep(0.05)
 
 
-def test_a_killed_replica_ends_streams_with_an_error_and_is_replaced(
+def processes(deployment: str) -> list[psutil.Process]:
+    """The replicas of a deployment."""
+    found = psutil.Process().children(recursive=True)
+    return [process for process in found if f"ServeReplica:ftray:{deployment}" in "".join(process.cmdline())]
+
+
+def test_a_killed_replica_ends_its_streams_with_an_error_and_nothing_else(
     handle: Any, endless: list[int], client: openai.OpenAI, expected: dict[str, str]
 ) -> None:
-    body = {"model": "base", "prompt": endless, "max_tokens": 4000, "stream": True, "temperature": 0}
+    body = {"model": "base", "prompt": endless, "max_tokens": 1500, "stream": True, "temperature": 0}
     url, headers = f"{handle.url}/v1/completions", {"authorization": "Bearer all"}
-    with httpx.stream("POST", url, json=body, headers=headers, timeout=30) as response:
-        lines = response.iter_lines()
-        next(lines)
-        replicas = [
-            process
-            for process in psutil.Process().children(recursive=True)
-            if "ServeReplica:ftray:engine" in "".join(process.cmdline())
-        ]
-        assert len(replicas) == 1
-        replicas[0].kill()
-        rest = list(lines)
-    assert "event: error" in rest
-    assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
-    assert "data: [DONE]" not in rest
+    engines = processes("engine")
+    assert len(engines) == 2
+    started = threading.Barrier(7)
+
+    def stream() -> list[str]:
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as response:
+            lines = response.iter_lines()
+            first = next(lines)
+            started.wait(30)
+            return [first, *lines]
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        streams = [pool.submit(stream) for _ in range(6)]
+        started.wait(30)
+        engines[0].kill()
+        models = ["base", "a", "b"] * 3
+        answers = list(pool.map(lambda model: ask(client, model), models))  # those without a token yet
+        ended = [future.result() for future in streams]
+    assert answers == [expected[model] for model in models]
+    broken = [lines for lines in ended if "event: error" in lines]
+    whole = [lines for lines in ended if "data: [DONE]" in lines]
+    assert broken and len(broken) + len(whole) == len(ended)
+    for lines in broken:
+        assert "data: [DONE]" not in lines
+        assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
     until = time.monotonic() + 30
-    while httpx.get(f"{handle.url}/healthz", timeout=30).status_code != 200:
+    while len(processes("engine")) < 2 or httpx.get(f"{handle.url}/healthz", timeout=30).status_code != 200:
         assert time.monotonic() < until
         time.sleep(0.2)
     assert ask(client, "a") == expected["a"]
+
+
+def test_a_publish_is_followed_by_every_replica_also_after_the_control_was_killed(
+    handle: Any, client: openai.OpenAI, config: ServeConfig, base: Path, tmp_path: Path
+) -> None:
+    registry = Registry(config.registry)
+
+    def digests() -> set[str]:
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            replies = pool.map(
+                lambda _: client.completions.create(model="c", prompt=[40], max_tokens=1), range(6)
+            )
+            return {str(reply.system_fingerprint) for reply in replies}
+
+    def publish_and_wait(seed: int, within_s: float) -> None:
+        folder = tiny.random_adapter(base, tmp_path / f"c{seed}", r=2, seed=seed)
+        template = chat_template_hash(load_tokenizer(base))
+        manifest.write(folder, kind="low_rank", base=base_identity(base), chat_template_hash=template)
+        new = registry.publish(folder, "c").digest
+        until = time.monotonic() + within_s
+        while digests() != {new}:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+    publish_and_wait(11, 10)
+    (control,) = processes("control")
+    control.kill()
+    assert len(digests()) == 1  # nobody needs it to answer
+    publish_and_wait(12, 30)
 
 
 def test_a_delta_of_another_base_or_template_is_refused_before_anything_starts(
@@ -281,7 +352,7 @@ def test_the_command_serves_until_told_to_stop_and_leaves_no_process(
     )
     try:
         assert process.stdout is not None
-        shown = [next(process.stdout) for _ in range(5)]
+        shown = [next(process.stdout) for _ in range(6)]
         assert f"serving at http://127.0.0.1:{port}/v1" in shown[0], shown
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
         assert ask(client, "b") == expected["b"]

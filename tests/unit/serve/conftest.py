@@ -33,6 +33,9 @@ ASK: list[Any] = [{"role": "user", "content": "hello"}]
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 
 
+_CLIENT = httpx.Client(timeout=30, verify=False)  # one for all: reading certificates takes long
+
+
 def chat_body(**fields: Any) -> dict[str, Any]:
     """A chat request that is answered, with changes."""
     return {"model": "base", "messages": ASK, "temperature": 0} | fields
@@ -51,7 +54,7 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
 
     def post(self, path: str, **settings: Any) -> httpx.Response:
-        return httpx.post(self.url + path, timeout=30, **settings)
+        return _CLIENT.post(self.url + path, **settings)
 
     def wait_idle(self, within_s: float = 2.0) -> None:
         """Wait until nothing runs and no block is held."""

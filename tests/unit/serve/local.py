@@ -19,7 +19,6 @@ import uvicorn
 from ftray.config.serve import ServeConfig
 from ftray.core.spec import spec
 from ftray.delta import manifest
-from ftray.engine.api import Request
 from ftray.engine.core import StepEngine
 from ftray.engine.fake import FakeEngineConfig
 from ftray.registry.registry import Registry
@@ -35,6 +34,7 @@ from ftray.serve.prompts import Prompts
 from ftray.serve.quota import Gate
 from ftray.serve.ray_ingress import RayBackend
 from ftray.serve.ray_replica import EngineReplica
+from ftray.serve.ray_router import _asked
 from ftray.serve.usage import UsageLog
 
 from .conftest import ASK
@@ -101,10 +101,11 @@ class LocalHandle:
     def __getattr__(self, method: str) -> "LocalMethod":
         return LocalMethod(self, method)
 
-    def pick(self, request: Request | None) -> Any:
+    def pick(self, *arguments: Any) -> Any:
         """By affinity, as the router does."""
         queues: dict[str, int | None] = {str(at): self.queues[at] for at in range(len(self.members))}
-        return int(preferred(request.delta if request else None, queues)[0][0])
+        delta, attempt = _asked(arguments)
+        return int(preferred(delta, queues, attempt)[0][0])
 
 
 class LocalMethod:
@@ -114,8 +115,7 @@ class LocalMethod:
         self.handle, self.name = handle, name
 
     def remote(self, *arguments: Any) -> Any:
-        request = arguments[0] if arguments and isinstance(arguments[0], Request) else None
-        at = self.handle.pick(request)
+        at = self.handle.pick(*arguments)
         result = getattr(self.handle.members[at], self.name)(*arguments)
         return Items(result, self.handle, at) if self.name == "generate" else result
 

@@ -29,6 +29,12 @@ def test_a_busy_home_is_left_for_the_others() -> None:
     assert preferred(DELTAS[0], {at: 100, other: None}) == [[at], [other]]
 
 
+def test_what_was_tried_in_vain_is_tried_elsewhere() -> None:
+    queues = {"r1": 0, "r2": 0, "r3": 0}
+    first = [preferred(DELTAS[0], queues, attempt)[0][0] for attempt in range(4)]
+    assert set(first[:3]) == set(queues) and first[3] == first[0]
+
+
 def test_the_base_is_everywhere() -> None:
     assert preferred(None, {"r1": 5, "r2": None}) == [["r1", "r2"]]
     assert preferred("x", {}) == []

@@ -2,7 +2,6 @@
 
 import hashlib
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,9 @@ def hot_publish(versions: Versions, number: int) -> Load:
             ref = versions.publish("a")
             versions.registry.promote(ref, "prod")
             local.wait(lambda ref=ref: local.ask("a@prod")[1] == digest(versions, ref), 10)  # type: ignore[misc]
-        time.sleep(0.1)
+        local.wait(
+            lambda: local.loaded() == [[digest(versions, "a@prod")]] * 2
+        )  # nothing old is left anywhere
     return load
 
 
@@ -123,7 +124,7 @@ def check_each_answer_is_of_one_version(versions: Versions, load: Load, number: 
 
 
 def test_hot_publishes_under_load(versions: Versions) -> None:
-    check_each_answer_is_of_one_version(versions, hot_publish(versions, 5), 5)
+    check_each_answer_is_of_one_version(versions, hot_publish(versions, 3), 3)
 
 
 @pytest.mark.slow
@@ -159,6 +160,18 @@ def test_a_version_must_answer_its_questions(versions: Versions) -> None:
         local.wait(lambda: bool(local.control.rollout.rejected))
         assert "golden" in next(iter(local.control.rollout.rejected.values()))
         assert local.ask("a@prod")[0] == "I am 1."
+
+
+def test_a_replica_that_lacks_a_delta_leaves_its_requests_to_another(versions: Versions) -> None:
+    with local_endpoint(versions, config()) as local:
+        wanted = digest(versions, "a@1")
+        for lacking, other in (local.engines, local.engines[::-1]):
+            holders = [engine._follower._holder for engine in (lacking, other)]
+            holders[0].loaded -= {wanted}
+            holders[0].failed[wanted] = "the disk is broken"
+            assert all(local.ask("a@prod")[0] == "I am 1." for _ in range(4))
+            holders[0].failed.clear()
+            local.wait(lambda: wanted in holders[0].loaded)  # noqa: B023
 
 
 @pytest.fixture

@@ -106,5 +106,20 @@ def test_what_is_asked_around_a_stop_is_answered() -> None:
     asyncio.run(scenario())
 
 
+def test_a_slow_reader_gets_fewer_and_larger_pieces() -> None:
+    async def scenario() -> None:
+        async with running(engine()) as loop:
+            outputs = loop.generate(request())
+            first = await anext(outputs)
+            await asyncio.sleep(0.5)  # the engine is long done
+            rest = [output async for output in outputs]
+            assert len(rest) <= 2
+            assert first.text + "".join(output.text for output in rest) == "x" * 20
+            assert sum(len(output.token_ids) for output in [first, *rest]) == 21
+            assert rest[-1].finish_reason == "stop"
+
+    asyncio.run(scenario())
+
+
 def _raising(*_: Any) -> Any:
     raise KeyError("planted")
