@@ -99,12 +99,12 @@ class Group:
             found.append(Work(engine, [collate([row], [0])], 1.0, str(number)))  # type: ignore[list-item]
         return found
 
-    def together(self, tokens: int) -> float:
-        """CPU seconds of a step of all members, together."""
+    def together(self, tokens: int, most_rows: int | None = None) -> float:
+        """CPU seconds of a step of all members, together, with at most so many rows in a pass."""
         from ftray.optim.first_order import step_together
 
         works, before = self.works(tokens), time.process_time()
-        step_together(works)
+        step_together(works, most_rows)
         return time.process_time() - before
 
     def in_turn(self, tokens: int) -> float:
@@ -166,7 +166,7 @@ def exploit(group: Group, rounds: int) -> dict[str, float]:
     }
 
 
-def _hold(connection: Connection, count: int, tokens: int) -> None:
+def _hold(connection: Connection, count: int, tokens: int, most_rows: int | None) -> None:
     """Body of a measured process: import, be looked at, train, be looked at."""
     import ftray.train.population
     import ftray.train.resident  # noqa: F401
@@ -175,19 +175,19 @@ def _hold(connection: Connection, count: int, tokens: int) -> None:
     connection.recv()
     group = Group(count)
     for _ in range(_SETTLING + 1):
-        group.together(tokens)
+        group.together(tokens, most_rows)
     gc.collect()
     connection.send("trained")
     connection.recv()
 
 
-def held_bytes(processes: int, members: int, tokens: int) -> int:
+def held_bytes(processes: int, members: int, tokens: int, most_rows: int | None = None) -> int:
     """Memory over their imports of processes that each train so many members."""
     context = multiprocessing.get_context("spawn")
     pipes, started = [], []
     for _ in range(processes):
         mine, theirs = context.Pipe()
-        started.append(context.Process(target=_hold, args=(theirs, members, tokens)))
+        started.append(context.Process(target=_hold, args=(theirs, members, tokens, most_rows)))
         started[-1].start()
         pipes.append(mine)
     found = []
@@ -205,9 +205,12 @@ def held_bytes(processes: int, members: int, tokens: int) -> int:
 def memory(tokens: int) -> dict[str, float]:
     """One process with all members, and as many processes with one each."""
     one, many = held_bytes(1, MEMBERS, tokens), held_bytes(MEMBERS, 1, tokens)
+    in_turn = held_bytes(1, MEMBERS, tokens, most_rows=1)
     return {
         "ratio": round(one / many, 3),
+        "ratio_one_row_a_pass": round(in_turn / many, 3),
         "population_mib": round(one / 2**20, 1),
+        "population_one_row_a_pass_mib": round(in_turn / 2**20, 1),
         "processes_mib": round(many / 2**20, 1),
     }
 

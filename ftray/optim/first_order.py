@@ -8,6 +8,7 @@ that of a group of one.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -131,7 +132,7 @@ class Work:
     """What the dropout of adapters depends on, besides the layer and the micro batch; empty: on the state of
     PyTorch's generator."""
 
-    @property
+    @functools.cached_property
     def names(self) -> list[str]:
         """The terms of the objective."""
         return list(self.engine.objective.weights(self.batches[0]))
@@ -163,10 +164,13 @@ class Work:
         return loss, torch.stack([part.detach().double().cpu() for part in parts])
 
 
-def step_together(works: Sequence[Work]) -> list[StepReport]:
+def step_together(works: Sequence[Work], most_rows: int | None = None) -> list[StepReport]:
     """One optimiser step of each of several engines that share a model, a strategy and a precision.
 
-    The n-th micro batches of all of them go through the model in one pass; each rank has equally many of them.
+    Args:
+        works: of the engines. The n-th micro batches of all of them go through the model in one pass; each rank
+            has equally many of them, of as many rows.
+        most_rows: with more rows than these in them, in several passes; None: never.
     """
     strategy = works[0].engine.strategy
     local = [work.counts() for work in works]
@@ -175,27 +179,44 @@ def step_together(works: Sequence[Work]) -> list[StepReport]:
     weights = [total[:-3].clamp(min=1e-30) for total in totals]
     sums = [torch.zeros_like(weight) for weight in weights]
     for number in range(max(len(work.batches) for work in works)):
-        for total, found in zip(sums, _pass(number, works, weights), strict=True):
-            total += found
+        for places in _passes(number, works, most_rows):
+            found = _pass(number, [works[place] for place in places], [weights[place] for place in places])
+            for place, part in zip(places, found, strict=True):
+                sums[place] += part
     # The losses are the same numbers on every rank, so all of them agree.
     sums = list(strategy.sum(torch.cat(sums)).split([len(weight) for weight in weights]))
     return [_update(*of_one) for of_one in zip(works, sums, weights, totals, strict=True)]
 
 
+def _passes(number: int, works: Sequence[Work], most_rows: int | None) -> Iterator[list[int]]:
+    """Who goes through the model together with the micro batches of a number, pass by pass."""
+    places: list[int] = []
+    rows = 0
+    for place, work in enumerate(works):
+        if number >= len(work.batches):
+            continue
+        more = len(work.batches[number].row_ids)
+        if places and most_rows is not None and rows + more > most_rows:
+            yield places
+            places, rows = [], 0
+        places.append(place)
+        rows += more
+    yield places
+
+
 def _pass(number: int, works: Sequence[Work], weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Forward and backward through everybody's micro batch of a number; sums of the terms, 0 for who has none."""
-    sums = [torch.zeros_like(weight) for weight in weights]
-    present = [place for place, work in enumerate(works) if number < len(work.batches)]
-    batches = [works[place].batches[number] for place in present]
+    """Forward and backward through everybody's micro batch of a number; the sums of the terms."""
+    batches = [work.batches[number] for work in works]
     policy = works[0].engine.policy
-    if len(present) > 1:
+    if len(works) > 1:
         policy = Together(policy, batches)
-    losses = []
+    losses, sums = [], []
     # The route stays until the gradients are there: checkpointed layers are computed again.
-    with _routed([works[place] for place in present], [batch.num_tokens for batch in batches], number):
-        for place, batch in zip(present, batches, strict=True):
-            loss, sums[place] = works[place].loss(policy, batch, weights[place])
+    with _routed(works, [batch.num_tokens for batch in batches], number):
+        for work, batch, weight in zip(works, batches, weights, strict=True):
+            loss, found = work.loss(policy, batch, weight)
             losses.append(loss)
+            sums.append(found)
         works[0].engine.strategy.backward(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
     return sums
 

@@ -70,8 +70,8 @@ class Population:
 
         Args:
             parts: of the members.
-            rows_per_pass: rows of all members in one forward pass, divided among those there are; None: each
-                has its `train.per_device_train_batch_size`.
+            rows_per_pass: rows of all members in one forward pass, divided among those there are; if they are
+                fewer than the members, these take turns. None: each has its `train.per_device_train_batch_size`.
 
         Raises:
             ConfigError: if a member differs from the others in what they share.
@@ -94,7 +94,7 @@ class Population:
                 if rows_per_pass is not None:
                     runs[place].feed.micro_batch_size = max(1, rows_per_pass // len(parts))
             parts[0].io.start(self.recipe, self.recipe.strategy.dp_rank)
-            _train(runs, found)
+            _train(runs, found, rows_per_pass)
             self._keep(runs, found, 2 * len(parts))
         return [found[place] for place in range(len(parts))]
 
@@ -124,7 +124,7 @@ class Population:
             del self._residents[path]
 
 
-def _train(runs: Mapping[int, Run], found: dict[int, Result | FtrayError]) -> None:
+def _train(runs: Mapping[int, Run], found: dict[int, Result | FtrayError], most_rows: int | None) -> None:
     """Train every run to its end; what comes of each goes into `found`."""
     progress: dict[int, float] = {}
     for place, run in runs.items():
@@ -133,7 +133,7 @@ def _train(runs: Mapping[int, Run], found: dict[int, Result | FtrayError]) -> No
             progress[place] = run.progress()
     while active := [place for place in progress if not runs[place].is_over(progress[place])]:
         works = [next_work(runs[place], progress[place]) for place in active]
-        for place, work, report in zip(active, works, step_together(works), strict=True):
+        for place, work, report in zip(active, works, step_together(works, most_rows), strict=True):
             with _alone(place, found):
                 progress[place] = after_step(runs[place], work, report)
         for place in active:
