@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from benchmarks import recorded
+from benchmarks.chaos_log import go_on
 from benchmarks.chaos_outcome import Outcome, summary
 from ftray.config.load import write_resolved
 from ftray.config.recipe import Recipe
@@ -265,27 +266,16 @@ def campaign(folder: Path, minutes: float, seed: int, kinds: Sequence[str], quie
 
     What goes wrong with the campaign itself is its `error`.
     """
-    problem = None
-    done = folder / "outcomes.jsonl"
-    before = done.read_text().splitlines() if done.exists() else []
-    outcomes = [Outcome(**json.loads(line)) for line in before]
-    started, before_s = time.monotonic(), sum(outcome.wall_s for outcome in outcomes)
-    try:
-        runs = Campaign(folder, seed)
-        runs.reference()
-        first = len(outcomes)
-        while len(outcomes) == first or time.monotonic() - started < minutes * 60:
-            outcomes.append(runs.disturbed(len(outcomes), kinds[len(outcomes) % len(kinds)]))
-            line = json.dumps(vars(outcomes[-1]))
-            with done.open("a") as file:
-                file.write(line + "\n")
-            if not quiet:
-                print(line, flush=True)
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-    minutes = (before_s + time.monotonic() - started) / 60
-    found = summary(outcomes, round(minutes, 1), seed)
-    return found | {
+    runs = Campaign(folder, seed)
+    outcomes, spent, problem = go_on(
+        folder,
+        minutes,
+        Outcome,
+        runs.reference,
+        lambda number: runs.disturbed(number, kinds[number % len(kinds)]),
+        quiet,
+    )
+    return summary(outcomes, spent, seed) | {
         "checkpoint_interval_steps": SAVE_STEPS,
         "optimiser_steps_per_run": STEPS,
         "error": problem,
