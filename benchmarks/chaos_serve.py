@@ -124,12 +124,11 @@ class Campaign:
             self.registry.rollback("a", "prod")
             self._wait_switched()
         else:
-            before = self.registry.show("a@prod").ref
             kind = self.draw.choice(["overflow", "foreign", "damaged"])
             version = int(self.version(bad=kind).partition("@")[2])
             self.registry.alias("a", "prod", version)
             time.sleep(2.0)  # answers are checked all the while
-            self.registry.alias("a", "prod", int(before.partition("@")[2]))
+            self.registry.rollback("a", "prod")
             self._wait_switched()
         self.clients.counts.events[event] += 1
         if not quiet:

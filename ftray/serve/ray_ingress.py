@@ -25,8 +25,9 @@ from ftray.serve.usage import UsageLog
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 3
-_PAUSE_S = 0.2
+_ATTEMPTS = 6
+_PAUSE_S = 0.1
+"""Before the second attempt; each later one waits twice as long, 3.1 s in all."""
 
 
 class RayBackend:
@@ -56,7 +57,7 @@ class RayBackend:
                 if started or attempt == _ATTEMPTS - 1:
                     raise Unavailable("the engine went away") from error
                 logger.warning("a replica went away before the first token; trying another")
-                await asyncio.sleep(_PAUSE_S * attempt)
+                await asyncio.sleep(_PAUSE_S * 2**attempt)
             finally:
                 items.cancel()
 

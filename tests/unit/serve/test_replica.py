@@ -110,7 +110,7 @@ WRONG = Refused("no", 400, "invalid_request", None)
     [
         ([[ActorDiedError()], [OUTPUT, LAST]], [OUTPUT, LAST], 2),
         ([[Gone()], [OUTPUT, LAST]], [OUTPUT, LAST], 2),
-        ([[ActorDiedError()], [Gone()], [ActorDiedError()]], Unavailable, 3),
+        ([[ActorDiedError()], *[[Gone()]] * 5], Unavailable, 6),
         ([[OUTPUT, ActorDiedError()]], Unavailable, 1),
         ([[BUG]], ValueError, 1),
         ([[WRONG]], RequestError, 1),

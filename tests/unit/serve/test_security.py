@@ -20,7 +20,7 @@ from ftray.serve.messages import Message
 from ftray.serve.prompts import Prompts
 from ftray.serve.schema import ChatBody, CompletionBody
 
-from .conftest import CHAT, Serve, Server, chat_body
+from .conftest import CHAT, COMPLETE, Serve, Server, chat_body
 from .test_tenants import TENANTS
 
 HOSTILE = [
@@ -116,7 +116,7 @@ def test_a_bases_template_runs_in_a_sandbox(tiny_base: Path, template: str) -> N
         asyncio.run(Prompts(tokenizer).chat(body, 4096))
 
 
-def campaign(server: Server, max_examples: int) -> list[tuple[int, str]]:
+def campaign(server: Server, max_examples: int, path: str = "/") -> list[tuple[int, str]]:
     """Ask what schemathesis makes of our own document, fitting it and not; returns every status and text."""
     document = httpx.get(f"{server.url}/openapi.json").json()
     schema = schemathesis.openapi.from_dict(document)
@@ -124,6 +124,8 @@ def campaign(server: Server, max_examples: int) -> list[tuple[int, str]]:
     session = requests.Session()
     for result in schema.get_all_operations():
         operation = result.ok()
+        if not operation.path.startswith(path):
+            continue
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
 
             @settings(
@@ -171,7 +173,7 @@ def test_a_planted_bug_is_found(serve: Serve, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(CompletionBody, "prompts", property(planted))
     with serve() as server:
-        seen = campaign(server, 12)
+        seen = campaign(server, 8, COMPLETE)
     with pytest.raises(AssertionError):
         check_none_is_ours(seen)
     assert all("secret" not in text for _, text in seen)
