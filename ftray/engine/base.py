@@ -6,17 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ftray.adapt.lora_files import Adapter, AdapterSites
-from ftray.adapt.peft_files import CONFIG, WEIGHTS, OtherKindError
+from ftray.adapt.peft_files import OtherKindError
 from ftray.core.errors import DeltaError
-from ftray.core.fs import digest_file, digest_json
 from ftray.delta import manifest
 from ftray.engine.api import EngineInfo
+from ftray.engine.gate import DeltaGate, folder_digest
 from ftray.engine.own import OwnReader, OwnWeights
 from ftray.engine.scheduler import Scheduler
-from ftray.model.identity import base_identity
 from ftray.model.positions import max_positions
-from ftray.model.tokenizer import chat_template_hash
-from ftray.registry.local import VERSION_FILE
 
 __all__ = [
     "DeltaGate",
@@ -54,34 +51,6 @@ def eos_ids(folder: Path, config: Any, tokenizer: Any) -> set[int]:
     for item in found:
         ids |= set(item) if isinstance(item, list | tuple) else {item}
     return ids - {None}
-
-
-class DeltaGate:
-    """Refuses what does not belong to a base: another base's or chat template's delta, damaged files."""
-
-    def __init__(self, folder: Path, tokenizer: Any) -> None:
-        self.identity = base_identity(folder)
-        self.template_hash = chat_template_hash(tokenizer)
-
-    def check(self, folder: Path) -> manifest.Delta | None:
-        """The manifest of a delta folder; one without is a plain PEFT adapter, checked by its shapes alone.
-
-        Raises:
-            DeltaError: one line.
-        """
-        if not (folder / manifest.MANIFEST).is_file():
-            return None
-        delta = manifest.read(folder, beside=frozenset({VERSION_FILE}))
-        try:
-            manifest.check_base(delta, self.identity)
-        except DeltaError as error:
-            raise DeltaError(f"{folder}: {error}") from None
-        if delta.chat_template_hash and delta.chat_template_hash != self.template_hash:
-            raise DeltaError(
-                f"{folder}: trained under chat template {delta.chat_template_hash}, this base has"
-                f" {self.template_hash}; serve it with the tokenizer it was trained with"
-            )
-        return delta
 
 
 @dataclass(frozen=True)
@@ -126,7 +95,7 @@ class DeltaReader:
         except OtherKindError as error:
             if self._own is None:
                 raise DeltaError(f"{error}, or allow it weights of its own (`max_own_weights`)") from None
-        return self._own.read(path, delta, delta.digest if delta else _digest_of(path))
+        return self._own.read(path, delta, delta.digest if delta else folder_digest(path))
 
     def _low_rank(self, folder: Path, delta: manifest.Delta | None) -> LowRank:
         if delta is not None and delta.kind != "low_rank":
@@ -135,12 +104,7 @@ class DeltaReader:
         if self._head in adapter.factors:
             # The head sees the last tokens only, so a mixed batch's stretches do not fit it.
             raise OtherKindError(f"{folder}: it adapts the output head; train without `{self._head}`")
-        return LowRank(delta.digest if delta else _digest_of(folder), adapter)
-
-
-def _digest_of(folder: Path) -> str:
-    """Identity of a plain PEFT folder, which has no manifest to name it."""
-    return digest_json({name: digest_file(folder / name) for name in (CONFIG, WEIGHTS)})
+        return LowRank(delta.digest if delta else folder_digest(folder), adapter)
 
 
 def kv_facts(model: Any) -> str:
