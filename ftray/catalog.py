@@ -77,6 +77,7 @@ METHODS: dict[str, dict[str, str]] = {
     "engine": {
         "torch": "ftray.engine.torch_engine:TorchEngineConfig",
         "hf_generate": "ftray.engine.hf_generate:HFGenerateConfig",
+        "vllm": "ftray.engine.vllm_engine:VLLMEngineConfig",
         "fake": "ftray.engine.fake:FakeEngineConfig",
     },
     "executor": {
