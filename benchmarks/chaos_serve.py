@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import random
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +91,7 @@ class Campaign:
             "num_cpus": 0.5,
             "follow_s": 0.5,
             "engine": {"type": "torch", "kv_cache_tokens": 4096},
-            "admin_port": 0,
+            "admin_port": _free_port(),  # the same after the control was killed
             "admin_token_sha256": hashlib.sha256(_TOKEN.encode()).hexdigest(),
         }
         with session(address="local", num_cpus=2):
@@ -222,6 +223,12 @@ def _cycle(events: tuple[str, ...], draw: random.Random) -> Any:
     """Every event in turn, each round in an order of its own."""
     while True:
         yield from draw.sample(events, len(events))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _processes(deployment: str) -> list[psutil.Process]:

@@ -1,9 +1,10 @@
 """The HTTP API, OpenAI's as far as it is built, over whatever generates."""
 
 import asyncio
+import dataclasses
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -33,6 +34,7 @@ _CHAT_MAX_TOKENS = 1024
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default of this endpoint
 
 Body = schema.ChatBody | schema.CompletionBody
+MakeAnswers = Callable[[], Answers]
 
 
 def create_app(
@@ -164,17 +166,18 @@ class _Endpoint:
             async with self._bodies.read(request) as data:
                 body = await _parsed(data, cls)
                 exchange.bind(self._front.access.find(exchange.caller, body.model))
-                answers = await self._prepared(body, exchange)
+                make = await self._prepared(body, exchange)
                 usage = body.include_usage if body.stream else None
                 del data, body  # they may be large, and the answer may take long
         if usage is None:
-            return await stream.unless_gone(request.receive, answers.whole())
+            return await stream.unless_gone(request.receive, _whole(make, exchange))
+        answers = make()
         first = await stream.unless_gone(request.receive, answers.first())
         events = answers.events(first, include_usage=usage)
         return stream.EventStream(events, answers.reply.headers, lambda: exchange.end(answers.status))
 
-    async def _prepared(self, body: Body, exchange: Exchange) -> Answers:
-        """The answers to come; nothing is asked of an engine before they are read."""
+    async def _prepared(self, body: Body, exchange: Exchange) -> MakeAnswers:
+        """What makes the answers to come; nothing is asked of an engine before they are read."""
         assert exchange.model is not None
         max_length = (await self._backend.info()).max_length
         chat = isinstance(body, schema.ChatBody)
@@ -192,13 +195,15 @@ class _Endpoint:
         assert exchange.admission is not None
         await exchange.admission.reserve(exchange.usage.prompt_tokens + answer_tokens)
         reply = Reply(exchange.id, exchange.model, chat, exchange.usage)
-        choices = [
-            choice
-            for number, request in enumerate(requests)
-            for choice in await self._choices(body, request, number)
-        ]
-        outputs = self._timed(requests, exchange)
-        return Answers(reply, choices, outputs, num_prompts=len(prompts))
+        makers = [await self._choices(body, request, number) for number, request in enumerate(requests)]
+
+        def make() -> Answers:
+            choices = [choice for maker in makers for choice in maker()]
+            # An engine may still hold what it was asked before.
+            asked = [dataclasses.replace(request, id=uuid.uuid4().hex) for request in requests]
+            return Answers(reply, choices, self._timed(asked, exchange), num_prompts=len(asked))
+
+        return make
 
     def _requests(
         self, body: Body, prompts: Sequence[list[int]], exchange: Exchange, max_length: int
@@ -218,25 +223,25 @@ class _Endpoint:
             for number, prompt in enumerate(prompts)
         ]
 
-    async def _choices(self, body: Body, request: api.Request, number: int) -> list[Choice]:
-        """The answers to one prompt."""
-        echo, tools = None, []
+    async def _choices(self, body: Body, request: api.Request, number: int) -> Callable[[], list[Choice]]:
+        """What makes the answers to one prompt; it holds none of the body, which may be large."""
+        echo, tools, chat, single = None, [], isinstance(body, schema.ChatBody), False
         if isinstance(body, schema.ChatBody):
             tools = [tool.function.name for tool in body.active_tools]
+            single = body.parallel_tool_calls is False
         elif body.echo:
             text = await self._prompts.spell(list(request.prompt_ids))
             echo = Echo(text=text, prompt_ids=request.prompt_ids, logprobs=body.logprobs is not None)
-        return [
+        n, texts = request.sampling.n, self._prompts.texts
+        return lambda: [
             Choice(
-                number * request.sampling.n + index,
-                self._prompts.texts,
-                chat=isinstance(body, schema.ChatBody),
+                number * n + index,
+                texts,
+                chat=chat,
                 echo=echo,
-                tool_calls=ToolCalls(tools, single=body.parallel_tool_calls is False)
-                if isinstance(body, schema.ChatBody) and tools
-                else None,
+                tool_calls=ToolCalls(tools, single=single) if tools else None,
             )
-            for index in range(request.sampling.n)
+            for index in range(n)
         ]
 
     async def _timed(self, requests: Sequence[api.Request], exchange: Exchange) -> Outputs:
@@ -252,6 +257,15 @@ class _Endpoint:
                 yield item
         finally:
             await outputs.aclose()
+
+
+async def _whole(make: MakeAnswers, exchange: Exchange) -> Response:
+    """A complete response; one whose engine goes away is asked for again, the client having seen nothing of it."""
+    try:
+        return await make().whole()
+    except Unavailable:
+        exchange.usage.completion_tokens = exchange.usage.cached_tokens = 0
+        return await make().whole()
 
 
 async def _parsed(data: bytes, cls: type[schema.Body]) -> schema.Body:

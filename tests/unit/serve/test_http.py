@@ -1,8 +1,10 @@
 """The endpoint as OpenAI's own client and a hostile one see it."""
 
+import contextlib
 import json
 import threading
 import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
@@ -11,7 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ftray.engine.api import Output, Request
 from ftray.engine.fake import FakeEngineConfig
+from ftray.serve.backend import Unavailable
+from ftray.serve.loop import EngineLoop
 
 from .conftest import ASK, CHAT, COMPLETE, Serve, Server, chat_body
 
@@ -218,6 +223,30 @@ def test_an_engine_that_is_gone_is_503(serve: Serve) -> None:
         server.loop.stop()
         response = server.post(CHAT, json=chat_body())
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+
+
+def test_a_whole_answer_whose_engine_goes_away_is_asked_for_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it was sent, unlike of a stream that has begun."""
+    generate, calls = EngineLoop.generate, []
+
+    async def dying(self: EngineLoop, request: Request, **settings: Any) -> AsyncGenerator[Output, None]:
+        calls.append(request.id)
+        async with contextlib.aclosing(generate(self, request, **settings)) as outputs:
+            async for output in outputs:
+                yield output
+                if len(calls) % 2:
+                    raise Unavailable("killed")
+
+    monkeypatch.setattr(EngineLoop, "generate", dying)
+    with serve() as server:
+        reply = server.client().chat.completions.create(model="base", messages=ASK)
+        assert reply.choices[0].message.content == "Hello from base."
+        assert reply.usage is not None and reply.usage.completion_tokens == len("Hello from base.") + 1
+        assert "event: error" in server.post(CHAT, json=chat_body(stream=True)).text
+        assert len(calls) == 3
+        server.wait_idle()
 
 
 def test_many_at_once_get_their_own_answers(serve: Serve) -> None:

@@ -1,6 +1,7 @@
 """What is written down of requests: tenant, delta and tokens, never a word of a prompt or a key."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ def test_every_request_has_its_line(serve: Serve, tmp_path: Path) -> None:
     with serve(tenants=TENANTS, usage_folder=str(tmp_path)) as server:
         server.post(CHAT, json=chat_body(model="alpha"), headers=headers)
         server.post(CHAT, json=chat_body(model="alpha@3", stream=True), headers=headers)
+        while server.front.in_flight:  # a stream is written down after its last byte
+            time.sleep(0.01)
         server.post(CHAT, json=chat_body(model="beta@1"), headers=headers)  # foreign
         server.post(CHAT, content=b"{", headers=headers)
         server.post(COMPLETE, json={"model": "base", "prompt": ["a", "b"], "max_tokens": 3}, headers=headers)
