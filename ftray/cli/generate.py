@@ -32,7 +32,7 @@ def command(
     from ftray.engine.api import Sampling
     from ftray.engine.ray_generate import Job, generate
     from ftray.model.folder import resolve_folder
-    from ftray.registry.local import Registry
+    from ftray.registry.registry import Registry
 
     _check_output(source, output)
     folder: str | None = None

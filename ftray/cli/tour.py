@@ -203,7 +203,7 @@ class Tour:
         )
 
     def _publish(self) -> tuple[str, Path]:
-        from ftray.registry.local import Registry
+        from ftray.registry.registry import Registry
 
         folder = self.folder / "registry"
         registry = Registry(folder)

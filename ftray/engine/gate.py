@@ -9,7 +9,7 @@ from ftray.core.fs import digest_file, digest_json
 from ftray.delta import manifest
 from ftray.model.identity import base_identity
 from ftray.model.tokenizer import chat_template_hash
-from ftray.registry.local import VERSION_FILE
+from ftray.registry.shelf import VERSION_FILE
 
 
 class DeltaGate:

@@ -22,7 +22,7 @@ from ftray.eval.metrics import Metric
 from ftray.eval.questions import Question, Questions, answer_ids, majority, read_answers, read_questions
 from ftray.eval.rank import EngineScorer, Scorer
 from ftray.eval.report import BASE, CONSTANT, RANKING, Report, Result
-from ftray.registry.local import Registry
+from ftray.registry.registry import Registry
 
 
 def evaluate(

@@ -6,7 +6,7 @@ from typing import Any
 from ftray.core.errors import TuneError
 from ftray.core.fs import read_json
 from ftray.registry.entry import Entry
-from ftray.registry.local import Registry
+from ftray.registry.registry import Registry
 from ftray.tune.result import TuneResult
 from ftray.tune.segment import RESULT
 

@@ -10,7 +10,7 @@ from ftray.core.spec import replace
 from ftray.delta import manifest
 from ftray.model.identity import base_identity
 from ftray.model.tokenizer import chat_template_hash, load_tokenizer
-from ftray.registry.local import Registry
+from ftray.registry.registry import Registry
 
 ASK: list[Any] = [{"role": "user", "content": "What is this?"}]
 

@@ -10,7 +10,7 @@ from ftray.cli.main import main
 from ftray.config.load import load
 from ftray.config.tune import TuneConfig
 from ftray.core.spec import replace
-from ftray.registry.local import Registry
+from ftray.registry.registry import Registry
 from ftray.tune.journal import read
 from ftray.tune.ray_trials import run
 

@@ -13,7 +13,7 @@ from ftray.core.fs import digest_tree, read_json, write_json
 from ftray.engine.api import Request, Sampling
 from ftray.engine.torch_engine import TorchEngineConfig
 from ftray.model.identity import base_identity
-from ftray.registry.local import Registry
+from ftray.registry.registry import Registry
 from ftray.testing import tiny
 
 

@@ -14,7 +14,7 @@ from ftray.engine.core import StepEngine
 from ftray.engine.torch_engine import TorchEngineConfig
 from ftray.model.identity import base_identity
 from ftray.model.tokenizer import chat_template_hash, load_tokenizer
-from ftray.registry.local import Registry
+from ftray.registry.registry import Registry
 from ftray.testing import tiny
 
 

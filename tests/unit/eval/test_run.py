@@ -16,7 +16,7 @@ from ftray.eval.metrics import ExactMatch
 from ftray.eval.questions import Question, Questions, answer_ids, read_questions
 from ftray.eval.report import BASE, CONSTANT, RANKING, difference_table, score_table
 from ftray.eval.run import delta_folders, evaluate, rank_answers
-from ftray.registry.local import Registry
+from ftray.registry.registry import Registry
 from ftray.testing.deltas import weights_delta
 
 EXPECTED = ["tone"] * 60 + ["json"] * 25 + ["time"] * 15

@@ -13,7 +13,7 @@ from ftray.config.recipe import Recipe
 from ftray.config.tune import TuneConfig
 from ftray.core.errors import TuneError
 from ftray.core.spec import parse
-from ftray.registry.local import Registry
+from ftray.registry.registry import Registry
 from ftray.tune.local import run_local
 from ftray.tune.members import members
 from ftray.tune.replay import replay_schedule
