@@ -9,55 +9,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from ftray.core.errors import DeltaError, FtrayError
 from ftray.engine.api import DeltaInfo, Source
+from ftray.engine.places import HostDelta, Places
 
 _MAX_WRITES = 2
 """Deltas put in place between two steps; each costs those that run a little."""
 _READ_AHEAD = 4
 """Deltas read for those that wait, where fewer fit in place."""
-
-
-class HostDelta(Protocol):
-    """A delta in memory, checked and ready to be put in place."""
-
-    @property
-    def digest(self) -> str:
-        """Digest of what answers."""
-        ...
-
-    @property
-    def kind(self) -> str:
-        """`low_rank`, ..."""
-        ...
-
-    @property
-    def mixed_batch(self) -> bool:
-        """Rows under it can share a step with rows under others."""
-        ...
-
-    @property
-    def size_bytes(self) -> int:
-        """Of its tensors."""
-        ...
-
-
-class Places(Protocol):
-    """What deltas are read by and put into."""
-
-    def read(self, folder: str) -> HostDelta:
-        """Read a delta; may run beside a step. Raises `DeltaError`."""
-        ...
-
-    def load(self, key: str, delta: Any) -> None:
-        """Put a delta that was read in place under a key."""
-        ...
-
-    def unload(self, key: str) -> None:
-        """Remove the delta of a key."""
-        ...
 
 
 @dataclass(eq=False)

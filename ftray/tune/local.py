@@ -7,9 +7,10 @@ from ftray.config.recipe import Recipe
 from ftray.config.tune import TRAIN_FN, TuneConfig
 from ftray.core.errors import ConfigError, TuneError
 from ftray.core.spec import parse
+from ftray.tune.as_searched import in_steps, segment_recipe
 from ftray.tune.engine import Engine, OnRecord, Segment
 from ftray.tune.result import TuneResult, summarise, write_result
-from ftray.tune.segment import Job, Outcome, in_steps, load_function, segment_recipe
+from ftray.tune.segment import Job, Outcome, load_function
 from ftray.tune.space import Space
 
 

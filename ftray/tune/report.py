@@ -11,12 +11,12 @@ from ftray.core.errors import TuneError
 from ftray.core.fs import read_json
 from ftray.core.spec import dump, parse
 from ftray.core.types import NAME_PATTERN
+from ftray.tune.as_searched import LENGTHS
 from ftray.tune.journal import read
 from ftray.tune.members import JOURNAL, MemberView, members
 from ftray.tune.plots import plot, plot_curves, plot_lineage, plot_parallel
 from ftray.tune.population import replay
 from ftray.tune.result import RESULT, TuneResult, summarise, write_result
-from ftray.tune.segment import LENGTHS
 from ftray.tune.space import apply
 from ftray.tune.track import track
 

@@ -14,8 +14,9 @@ from ftray.core.errors import ConfigError
 from ftray.core.spec import parse
 from ftray.core.spec import replace as spec_replace
 from ftray.train.track.jsonl import read_records
+from ftray.tune.as_searched import in_steps, segment_recipe
 from ftray.tune.engine import Segment
-from ftray.tune.segment import Job, in_steps, load_function, read_result, run_segment, segment_recipe
+from ftray.tune.segment import Job, load_function, read_result, run_segment
 from ftray.tune.space import Space
 
 SEGMENT = Segment(
