@@ -5,7 +5,7 @@ from pathlib import Path
 from ftray.config.load import write_resolved
 from ftray.config.recipe import Recipe
 from ftray.config.tune import TRAIN_FN, TuneConfig
-from ftray.core.errors import ConfigError, TuneError
+from ftray.core.errors import ConfigError, RunStopped, TuneError
 from ftray.core.spec import parse
 from ftray.tune.as_searched import in_steps, segment_recipe
 from ftray.tune.engine import Engine, OnRecord, Segment
@@ -52,7 +52,14 @@ def check_metric(config: TuneConfig, recipe: Recipe) -> None:
 
 
 def take(engine: Engine, segment: Segment, outcome: Outcome) -> None:
-    """Give the engine what came of a segment; raises `TuneError` for what must end the search."""
+    """Give the engine what came of a segment.
+
+    Raises:
+        RunStopped: if the segment was asked to end; the journal has it as running, so that a resumption goes on.
+        TuneError: for anything else that must end the search.
+    """
+    if outcome.stopped:
+        raise RunStopped(outcome.error, outcome.signum)
     if outcome.fatal:
         raise TuneError(outcome.error)
     if outcome.score is None:
@@ -64,7 +71,10 @@ def take(engine: Engine, segment: Segment, outcome: Outcome) -> None:
 
 
 def run_local(config: TuneConfig, recipe: Recipe) -> TuneResult:
-    """Search, or go on with a search; raises as `open_search`, and `TuneError` if every member fails."""
+    """Search, or go on with a search.
+
+    Raises as `open_search`, `TuneError` if every member fails, and `RunStopped` if the process is asked to end.
+    """
     engine, job = open_search(config, recipe)
     try:
         seconds = 0.0

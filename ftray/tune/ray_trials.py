@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from ftray.cluster.ray_session import session
 from ftray.config.load import load
 from ftray.config.recipe import Recipe
 from ftray.config.tune import TRAIN_FN, TuneConfig
-from ftray.core.errors import TuneError
+from ftray.core.errors import RunStopped, TuneError
 from ftray.core.spec import parse
 from ftray.core.types import Progress, no_progress
 from ftray.data.ray_prepare import prepare
@@ -66,7 +67,8 @@ def run(
 
     Raises:
         ConfigError: for a space or a setting that does not fit the recipe.
-        TuneError: if the search exists and `resume` is not set, all members failed, or it was interrupted.
+        RunStopped: if this process or a segment was asked to end; `resume` goes on.
+        TuneError: if the search exists and `resume` is not set, or all members failed.
     """
     started = time.perf_counter()
     folder = Path(config.output_dir).absolute() / config.name
@@ -129,14 +131,22 @@ def _fit(engine: Engine, job: Job) -> None:
     )
     try:
         tuner.fit()
+    except SystemExit:  # Ray's answer to a SIGTERM
+        raise _stopped(job, signal.SIGTERM) from None
     except Exception:
         # What the searcher latched is the cause of whatever Tune made of it.
         if searcher.error is None:
             raise
+    if isinstance(searcher.error, SystemExit):
+        raise _stopped(job, signal.SIGTERM) from None
     if searcher.error is not None:
         raise searcher.error
-    if not engine.done:
-        raise TuneError(f"{job.folder}: the search was interrupted; go on with --resume")
+    if not engine.done:  # Ray Tune has heard a SIGINT and ended in order
+        raise _stopped(job, signal.SIGINT)
+
+
+def _stopped(job: Job, signum: signal.Signals) -> RunStopped:
+    return RunStopped(f"{job.folder}: the search was stopped ({signum.name}); `--resume` goes on", signum)
 
 
 class SegmentSearcher(Searcher):
@@ -180,12 +190,16 @@ class SegmentSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Take an outcome; a trial without one lost its process."""
+        """Take an outcome; a trial without one lost its process, which is no attempt of any one of several."""
         self.watch.tell()
         group = self._groups.pop(trial_id, None)
         if group is None or self.error is not None:
             return
-        outcomes = [Outcome(error="the worker process died", retry=True)] * len(group)
+        lost = Outcome(error="the worker process died", retry=True)
+        if len(group) > 1:
+            remedy = "--resume goes on; if it lacked memory, with a smaller `rows_per_pass`"
+            lost = Outcome(error=f"the process of {len(group)} members died; {remedy}", fatal=True)
+        outcomes = [lost] * len(group)
         if not error and result and "outcomes" in result:
             outcomes = [Outcome(**outcome) for outcome in json.loads(result["outcomes"])]
         try:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ftray.config.recipe import Recipe
-from ftray.core.errors import ConfigError, FtrayError
+from ftray.core.errors import ConfigError, FtrayError, RunStopped
 from ftray.core.fs import read_json, write_json
 from ftray.core.spec import parse
 from ftray.strategy.elastic import bounds
+from ftray.train.stop import FILE as STOP
 from ftray.tune.engine import Segment
 from ftray.tune.space import apply
 
@@ -60,6 +61,10 @@ class Outcome:
     """Whether another attempt may go better."""
     fatal: bool = False
     """Whether the whole search must end."""
+    stopped: bool = False
+    """Whether it ended because it was asked to: so does the search."""
+    signum: int | None = None
+    """The signal that asked, if it was one."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ def run_segment(job: Job, segment: Segment) -> Outcome:
 def run_segments(job: Job, segments: Sequence[Segment], train: Train | None = None) -> list[Outcome]:
     """Train segments, or find that they have been trained; what came of each.
 
-    A user's mistake (`FtrayError`) is not worth another attempt; any other exception is.
+    A user's mistake (`FtrayError`) is not worth another attempt; any other exception is. What `train` raises,
+    instead of returning it for one task, says nothing about any of them and ends the search.
 
     Args:
         job: of the search.
@@ -111,6 +117,7 @@ def run_segments(job: Job, segments: Sequence[Segment], train: Train | None = No
 
 
 def _task(job: Job, segment: Segment, folder: Path) -> Task:
+    (folder / STOP).unlink(missing_ok=True)  # it has ended an earlier attempt
     recipe = apply(parse(Recipe, job.recipe), segment.config)
     start_from = read_result(job.path(segment.checkpoint))[0] if segment.checkpoint else None
     return Task(recipe, folder, start_from, segment.stop_at)
@@ -126,7 +133,7 @@ def _trained(
     try:
         results = train(job, list(tasks.values()))
     except Exception as error:
-        results = [error] * len(tasks)
+        return {name: _failure(task.folder, error, of_all=True) for name, task in tasks.items()}
     seconds, cpu_s = time.perf_counter() - started, time.process_time() - used
     # Of a group, the CPUs it claimed: its workers are no children of this process.
     strategy = next(iter(tasks.values())).recipe.strategy
@@ -165,13 +172,16 @@ def _record(segment: Segment, folder: Path, result: Any, cost: Mapping[str, floa
     return record
 
 
-def _failure(folder: Path, error: Exception) -> Outcome:
+def _failure(folder: Path, error: Exception, *, of_all: bool = False) -> Outcome:
     if _disk_is_full(error):
         remedy = "the disk is full; make room and run the same command with --resume"
         return Outcome(error=f"{folder}: {remedy}", fatal=True)
-    if isinstance(error, FtrayError):
-        return Outcome(error=f"{type(error).__name__}: {error}")
-    return Outcome(error=f"{type(error).__name__}: {error}", retry=True)
+    if isinstance(error, RunStopped):
+        return Outcome(error=str(error), fatal=True, stopped=True, signum=error.signum)
+    told = f"{type(error).__name__}: {error}"
+    if of_all:
+        return Outcome(error=f"{told}; once it is mended, the same command with --resume goes on", fatal=True)
+    return Outcome(error=told, retry=not isinstance(error, FtrayError))
 
 
 def read_result(folder: Path) -> tuple[Path | None, Path | None]:

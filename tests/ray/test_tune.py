@@ -167,20 +167,34 @@ def test_other_policies_run_through_the_same_engine(ray_cluster, tmp_path, chang
 
 
 @pytest.mark.parametrize(
-    "num_records", [pytest.param(4, marks=pytest.mark.slow), 11, pytest.param(20, marks=pytest.mark.slow)]
+    ("num_records", "signum"),
+    [
+        (11, signal.SIGKILL),
+        pytest.param(4, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(20, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(11, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(11, signal.SIGINT, marks=pytest.mark.slow),
+    ],
 )
-def test_a_killed_driver_goes_on_to_the_same_winner(undisturbed, tmp_path, num_records):
+def test_a_driver_that_is_ended_goes_on_to_the_same_winner(undisturbed, tmp_path, num_records, signum):
     file = write_search(tmp_path, {"sleep_s": 0.1})
     script = "import sys; from ftray.cli.main import main; main(['tune', sys.argv[1]])"
-    driver = subprocess.Popen([sys.executable, "-c", script, file], stdout=subprocess.DEVNULL)
+    with (tmp_path / "told").open("wb") as told:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", script, file], stdout=subprocess.DEVNULL, stderr=told
+        )
     journal = tmp_path / "runs" / "search" / "journal.jsonl"
     deadline = time.monotonic() + 60
     while not journal.exists() or len(read(journal)) < num_records:
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(driver.pid, signal.SIGKILL)
+    os.kill(driver.pid, signum)
     driver.wait()
     before = read(journal)
+    assert not [record for record in before if record["kind"] == "fail"]
+    if signum != signal.SIGKILL:
+        assert driver.returncode == 128 + signum
+        assert (tmp_path / "told").read_text().splitlines()[-1].startswith("stopped: ")
     result = search(tmp_path, resume=True)
     assert outcome(result) == outcome(undisturbed[0])
     assert read(journal)[: len(before)] == before
