@@ -78,8 +78,8 @@ class LoRALinear(Factors):
         segments = [(route.active, 0, tokens)] if route.segments is None else route.segments
         assert segments[-1][2] == tokens, "the segments must cover the tokens this layer sees"
         mine = [
-            (name, self._update(name, start, stop))
-            for name, start, stop in segments
+            (name, self._update(place, name, start, stop))
+            for place, (name, start, stop) in enumerate(segments)
             if name is not None and name in self.scaling
         ]
         if mine and self._factors_alone_train():
@@ -94,9 +94,9 @@ class LoRALinear(Factors):
             y = F.linear(x, self.weight, self.bias)
         return self._added(x, y, mine) if mine else y
 
-    def _update(self, name: str, start: int, stop: int) -> Update:
+    def _update(self, segment: int, name: str, start: int, stop: int) -> Update:
         dropout = self.dropout[name] if self.training else 0.0
-        seed = self.route.seed(name, self.name) if dropout else 0
+        seed = self.route.seed(segment, self.name) if dropout else 0
         return Update(start, stop, self.scaling[name], dropout, seed)
 
     def _factors_alone_train(self) -> bool:

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -16,8 +16,8 @@ class Route:
     `segments` says `(adapter or None, start, stop)` for contiguous stretches that cover the axis in order. One
     adapter, a population, a reference policy and a mixed serving batch are the same mechanism.
 
-    `noise` has a key for each adapter that draws dropout in this pass: what it draws depends on that key and the
-    layer's name, and so on nothing else that is in the pass.
+    `noise` has a key for each segment: what dropout draws there depends on that key and the layer's name, and so on
+    nothing else that is in the pass.
 
     The route must stay as it is until `backward()` has returned: activation checkpointing runs layers again.
     """
@@ -25,26 +25,26 @@ class Route:
     def __init__(self) -> None:
         self.active: str | None = None
         self.segments: Sequence[Segment] | None = None
-        self.noise: Mapping[str | None, str] = {}
+        self.noise: Sequence[str] = ()
 
     @contextlib.contextmanager
     def use(
         self,
         active: str | None = None,
         segments: Sequence[Segment] | None = None,
-        noise: Mapping[str | None, str] | None = None,
+        noise: Sequence[str] = (),
     ) -> Iterator[None]:
         """Route all tokens (or the segments) inside the block, then as before."""
         before = self.active, self.segments, self.noise
-        self.active, self.segments, self.noise = active, segments, noise or {}
+        self.active, self.segments, self.noise = active, segments, noise
         try:
             yield
         finally:
             self.active, self.segments, self.noise = before
 
-    def seed(self, adapter: str | None, layer: str) -> int:
-        """Seed of an adapter's dropout in one layer; drawn from PyTorch's own generator if it has no key."""
-        key = self.noise.get(adapter)
-        if key is None:
+    def seed(self, segment: int, layer: str) -> int:
+        """Seed of a segment's dropout in one layer; drawn from PyTorch's own generator if there is no key."""
+        if not self.noise or not self.noise[segment]:
             return int(torch.randint(2**62, ()))
-        return int.from_bytes(hashlib.blake2b(f"{key}:{layer}".encode(), digest_size=7).digest(), "big")
+        key = f"{self.noise[segment]}:{layer}"
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big")

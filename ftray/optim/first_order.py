@@ -92,7 +92,7 @@ class FirstOrder:
         times = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
-            _pass(0, [work], [torch.ones(len(work.names), dtype=torch.float64)])
+            _pass([(work, 0)], [torch.ones(len(work.names), dtype=torch.float64)])
             times.append(time.perf_counter() - start)
         # A step that is not sound moves nothing and drops the gradients, wherever the strategy keeps them.
         self.strategy.update(list(self.parameters.values()), self.optimizers, None, sound=False)
@@ -106,7 +106,7 @@ class FirstOrder:
         for batch in batches:
             work = Work(self, [batch], 1.0)
             weights.append(work.counts()[: len(work.names)])
-            with _routed([work], [batch.num_tokens]):
+            with _routed([(work, 0)], [batch.num_tokens]):
                 sums.append(work.loss(self.policy, batch, torch.ones_like(weights[-1]))[1])
         return torch.stack(sums).sum(0), torch.stack(weights).sum(0)
 
@@ -168,9 +168,9 @@ def step_together(works: Sequence[Work], most_rows: int | None = None) -> list[S
     """One optimiser step of each of several engines that share a model, a strategy and a precision.
 
     Args:
-        works: of the engines. The n-th micro batches of all of them go through the model in one pass; each rank
-            has equally many of them, of as many rows.
-        most_rows: with more rows than these in them, in several passes; None: never.
+        works: of the engines; each rank has equally many micro batches of them, of as many rows.
+        most_rows: as many micro batches go through the model in one pass as have no more rows than these, whoever's
+            they are; a larger one alone. None: the n-th ones of all of them.
     """
     strategy = works[0].engine.strategy
     local = [work.counts() for work in works]
@@ -178,60 +178,63 @@ def step_together(works: Sequence[Work], most_rows: int | None = None) -> list[S
     # A step whose rows hold no target at all (possible with tiny batches) has zero loss, not 0/0.
     weights = [total[:-3].clamp(min=1e-30) for total in totals]
     sums = [torch.zeros_like(weight) for weight in weights]
-    for number in range(max(len(work.batches) for work in works)):
-        for places in _passes(number, works, most_rows):
-            found = _pass(number, [works[place] for place in places], [weights[place] for place in places])
-            for place, part in zip(places, found, strict=True):
-                sums[place] += part
+    for pieces in _passes(works, most_rows):
+        found = _pass([(works[place], n) for place, n in pieces], [weights[place] for place, _ in pieces])
+        for (place, _), part in zip(pieces, found, strict=True):
+            sums[place] += part
     # The losses are the same numbers on every rank, so all of them agree.
     sums = list(strategy.sum(torch.cat(sums)).split([len(weight) for weight in weights]))
     return [_update(*of_one) for of_one in zip(works, sums, weights, totals, strict=True)]
 
 
-def _passes(number: int, works: Sequence[Work], most_rows: int | None) -> Iterator[list[int]]:
-    """Who goes through the model together with the micro batches of a number, pass by pass."""
-    places: list[int] = []
+def _passes(works: Sequence[Work], most_rows: int | None) -> Iterator[list[tuple[int, int]]]:
+    """Whose (place among the works) micro batches of which number go through the model together, pass by pass."""
+    most = max(len(work.batches) for work in works)
+    places = range(len(works))
+    waiting = [(place, n) for n in range(most) for place in places if n < len(works[place].batches)]
+    if most_rows is None:
+        for _, pieces in itertools.groupby(waiting, lambda piece: piece[1]):
+            yield list(pieces)
+        return
+    taken: list[tuple[int, int]] = []
     rows = 0
-    for place, work in enumerate(works):
-        if number >= len(work.batches):
-            continue
-        more = len(work.batches[number].row_ids)
-        if places and most_rows is not None and rows + more > most_rows:
-            yield places
-            places, rows = [], 0
-        places.append(place)
+    for place, number in waiting:
+        more = len(works[place].batches[number].row_ids)
+        if taken and rows + more > most_rows:
+            yield taken
+            taken, rows = [], 0
+        taken.append((place, number))
         rows += more
-    yield places
+    yield taken
 
 
-def _pass(number: int, works: Sequence[Work], weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Forward and backward through everybody's micro batch of a number; the sums of the terms."""
-    batches = [work.batches[number] for work in works]
-    policy = works[0].engine.policy
-    if len(works) > 1:
-        policy = Together(policy, batches)
+def _pass(pieces: Sequence[tuple[Work, int]], weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Forward and backward through micro batches, each by its number; the sums of the terms of each."""
+    batches = [work.batches[number] for work, number in pieces]
+    engine = pieces[0][0].engine
+    policy = engine.policy if len(pieces) == 1 else Together(engine.policy, batches)
     losses, sums = [], []
     # The route stays until the gradients are there: checkpointed layers are computed again.
-    with _routed(works, [batch.num_tokens for batch in batches], number):
-        for work, batch, weight in zip(works, batches, weights, strict=True):
+    with _routed(pieces, [batch.num_tokens for batch in batches]):
+        for (work, _), batch, weight in zip(pieces, batches, weights, strict=True):
             loss, found = work.loss(policy, batch, weight)
             losses.append(loss)
             sums.append(found)
-        works[0].engine.strategy.backward(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
+        engine.strategy.backward(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
     return sums
 
 
 @contextlib.contextmanager
-def _routed(works: Sequence[Work], lengths: Sequence[int], number: int = 0) -> Iterator[None]:
+def _routed(pieces: Sequence[tuple[Work, int]], lengths: Sequence[int]) -> Iterator[None]:
     """Inside the block the next tokens of each length go through the adapter of the engine they are for."""
-    route = getattr(works[0].engine.policy.model, "ftray_route", None)
+    route = getattr(pieces[0][0].engine.policy.model, "ftray_route", None)
     if route is None:
         yield
         return
-    names = [work.engine.adapter or route.active for work in works]
-    noise = {name: f"{work.noise}:{number}" for name, work in zip(names, works, strict=True) if work.noise}
+    names = [work.engine.adapter or route.active for work, _ in pieces]
+    noise = [f"{work.noise}:{number}" if work.noise else "" for work, number in pieces]
     ends = list(itertools.accumulate(lengths, initial=0))
-    segments = None if len(works) == 1 else list(zip(names, ends, ends[1:], strict=False))
+    segments = None if len(pieces) == 1 else list(zip(names, ends, ends[1:], strict=False))
     with route.use(names[0], segments, noise):
         yield
 

@@ -25,7 +25,7 @@ from ftray.train.oom import explained
 from ftray.train.resident import Resident
 from ftray.train.roles import build_policy
 from ftray.train.run import Result, Run
-from ftray.train.share import check_member, check_same
+from ftray.train.share import check_member, check_rows, check_same
 from ftray.train.worker import Trained, after_step, assemble, next_work, open_feed
 
 
@@ -70,15 +70,16 @@ class Population:
 
         Args:
             parts: of the members.
-            rows_per_pass: rows of all members in one forward pass, divided among those there are; if they are
-                fewer than the members, these take turns. None: each has its `train.per_device_train_batch_size`.
+            rows_per_pass: most rows of one forward pass: as many micro batches as fit go together, whoever's they
+                are, and the others after them. None: one micro batch of each member.
 
         Raises:
-            ConfigError: if a member differs from the others in what they share.
+            ConfigError: if a member differs from the others in what they share, or has more rows in a micro batch.
             RunStopped: if the process was asked to end; checkpoints hold every step.
         """
         for part in parts:
             check_same(self.recipe, part.recipe)
+            check_rows(part.recipe, rows_per_pass)
         found: dict[int, Result | FtrayError] = {}
         with contextlib.ExitStack() as stack:
             stack.enter_context(explained(self.recipe))
@@ -91,8 +92,6 @@ class Population:
                     found[place] = error
                     continue
                 stack.callback(runs[place].checkpoints.close)
-                if rows_per_pass is not None:
-                    runs[place].feed.micro_batch_size = max(1, rows_per_pass // len(parts))
             parts[0].io.start(self.recipe, self.recipe.strategy.dp_rank)
             _train(runs, found, rows_per_pass)
             self._keep(runs, found, 2 * len(parts))

@@ -63,6 +63,16 @@ def check_same(first: Recipe, other: Recipe) -> None:
             )
 
 
+def check_rows(recipe: Recipe, rows_per_pass: int | None) -> None:
+    """Refuse a member of which no micro batch fits into a pass. Raises `ConfigError`, one line."""
+    rows = recipe.train.per_device_train_batch_size
+    if rows_per_pass is not None and rows > rows_per_pass:
+        raise ConfigError(
+            f"rows_per_pass: {rows_per_pass} is less than `train.per_device_train_batch_size`, {rows}, of a "
+            "member; lower that one or raise this one"
+        )
+
+
 def _at(tree: Any, field: str) -> Any:
     for key in field.split("."):
         tree = tree.get(key) if isinstance(tree, Mapping) else None

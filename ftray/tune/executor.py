@@ -56,9 +56,9 @@ class Populations:
     """Groups that the members are divided into, each with a base of its own and a trial to itself; with
     `max_concurrent` as high they run side by side. Members of one go on from another's by its checkpoints."""
     rows_per_pass: int | None = Field(default=None, ge=1)
-    """Rows of all members of a population in one forward pass; those that are stopped leave theirs to the rest,
-    and with fewer rows than members these take turns, for less memory. null: `train.per_device_train_batch_size`
-    of each."""
+    """Most rows in one forward pass of a population: as many micro batches (`train.per_device_train_batch_size`
+    rows each) as fit go together, whichever members they are of, so those that are stopped leave their room to the
+    rest; few rows need little memory. null: one micro batch of each member."""
 
     def check(self, config: TuneConfig, recipe: Recipe) -> None:
         """The base trains not, and nothing that belongs to it is searched."""
