@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ftray.config.tenant import Scope as KeyScope
@@ -13,17 +14,20 @@ from ftray.serve.front import Front
 logger = logging.getLogger(__name__)
 
 METRICS_PATH = "/metrics"
-_OPEN_PATHS = frozenset({"/healthz"})
-_SCOPES: dict[str, KeyScope] = {
+_HEALTH_PATH = "/healthz"
+_ONE_MODEL = "/v1/models/"
+ROUTES: dict[str, KeyScope | None] = {
     METRICS_PATH: "metrics",
+    "/openapi.json": None,
     "/v1/models": "models",
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
 }
+"""What a key must be good for on each path; None: any key will do. A model's own path is beside them."""
 
 
 class Shell:
-    """Authenticates every path but the open ones, by the path the application routes on and by nothing else.
+    """Authenticates every path but the open one, and lets no path through that has no place in `ROUTES`.
 
     Args:
         app: the application inside.
@@ -45,11 +49,16 @@ class Shell:
         await guarded(self._authenticated, scope, receive, send)
 
     async def _authenticated(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
-        if path not in _OPEN_PATHS:
+        path = get_route_path(scope)  # what the application routes on
+        if path != _HEALTH_PATH:
+            # A route's pattern also matches with a newline behind it, so a path is known exactly or not at all.
+            one_model = path.startswith(_ONE_MODEL) and "/" not in path[len(_ONE_MODEL) :]
+            route = "/v1/models" if one_model else path
             key = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
-            wanted = _SCOPES.get("/v1/models" if path.startswith("/v1/models/") else path)
-            scope.setdefault("state", {})["caller"] = self._front.access.authenticate(key, wanted)
+            caller = self._front.access.authenticate(key, ROUTES.get(route))
+            if route not in ROUTES:
+                raise RequestError("there is no such path", status=404, code="not_found")
+            scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, receive, send)
 
 

@@ -49,6 +49,7 @@ class Server:
     engine: Any
     loop: EngineLoop
     front: Front
+    app: Any
 
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
@@ -99,7 +100,7 @@ def serving(
         while not server.started:
             time.sleep(0.005)
         try:
-            yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, loop, front)
+            yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, loop, front, app)
         finally:
             server.should_exit = True
             thread.join(10)

@@ -13,15 +13,17 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from starlette.testclient import TestClient
 
+from ftray.config.tenant import KeyConfig, Scope, TenantConfig
 from ftray.core.errors import RequestError
 from ftray.model.tokenizer import load_tokenizer
 from ftray.serve import openapi
 from ftray.serve.messages import Message
 from ftray.serve.prompts import Prompts
 from ftray.serve.schema import ChatBody, CompletionBody
+from ftray.serve.shell import ROUTES
 
 from .conftest import CHAT, COMPLETE, Serve, Server, chat_body
-from .test_tenants import TENANTS
+from .test_tenants import TENANTS, sha256
 
 HOSTILE = [
     "..",
@@ -77,6 +79,40 @@ def test_every_route_but_health_asks_for_a_key(serve: Serve) -> None:
             assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 401
         assert httpx.get(f"{server.url}/v1/models?x=/healthz").status_code == 401
         assert httpx.get(f"{server.url}/healthz").status_code == 200
+
+
+ODD = [
+    "{}%0A", "{}%0a", "{}%0D%0A", "{}%0A%0A", "{}%00", "{}%20", "{}/", "{}//", "/{}", "{}%2F", "{}%2f", "{}%3F",
+    "{}/.", "/x/..{}", "/v1/.{}", "{}%23", "{};a",
+]  # fmt: skip
+"""Spellings of a path that are not the path."""
+
+
+def scoped(*scopes: Scope) -> TenantConfig:
+    key = KeyConfig(sha256=sha256("key-scoped"), scopes=list(scopes))
+    return TenantConfig(name="ann", keys=[key], deltas=["alpha"])
+
+
+@pytest.mark.parametrize("prefix", ["", "/svc"])
+def test_no_spelling_of_a_path_gets_around_a_keys_scopes(serve: Serve, prefix: str) -> None:
+    headers = {"authorization": "Bearer key-scoped"}
+    bodies = {CHAT: chat_body(), COMPLETE: {"model": "base", "prompt": "x"}, "/metrics": None}
+    with serve(tenants=[scoped("models")]) as server:
+        client = TestClient(server.app, root_path=prefix)
+        assert client.get(f"{prefix}/v1/models", headers=headers).status_code == 200
+        assert client.get(f"{prefix}/v1/models/alpha", headers=headers).status_code == 200
+        for path, body in bodies.items():
+            method = "POST" if body else "GET"
+            assert client.request(method, prefix + path, json=body, headers=headers).status_code == 403
+            for odd in [*(shape.format(path) for shape in ODD), path.upper(), path.replace("/", "%2F")]:
+                response = client.request(method, prefix + odd, json=body, headers=headers)
+                assert response.status_code in (403, 404), odd
+                assert response.json()["error"]["code"] in ("not_found", "insufficient_scope"), odd
+
+
+def test_every_route_has_its_scope() -> None:
+    paths = {path for path in openapi.document()["paths"] if "{" not in path}
+    assert paths - {"/healthz"} == set(ROUTES) - {"/openapi.json"}
 
 
 def test_what_is_no_http_is_closed() -> None:
