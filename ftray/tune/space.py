@@ -67,6 +67,8 @@ class Space:
         self._recipe = recipe or {}
         for path in self.distributions:
             section, _, field = path.partition(".")
+            if path == "train":
+                raise ConfigError("space.train: the search sets fields of it itself; name one, as `train.x`")
             if section in OWNED or (section == "train" and field in OWNED_TRAIN):
                 raise ConfigError(f"space.{path}: the search sets this field itself; leave it out")
         known = [*self.distributions, *paths(self._recipe)]

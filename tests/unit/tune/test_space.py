@@ -104,6 +104,6 @@ def test_a_wrong_distribution_is_one_line_that_names_the_path(distribution, word
 
 
 def test_paths_the_search_sets_itself_are_refused():
-    for path in ("train.max_steps", "name", "strategy", "strategy.num_workers"):
+    for path in ("train.max_steps", "name", "strategy", "strategy.num_workers", "train"):
         with pytest.raises(ConfigError, match=f"space.{path}: the search sets"):
-            Space({path: {"int": [1, 2]}})
+            Space({path: {"choice": [{"max_steps": 7}]}})
