@@ -137,8 +137,12 @@ class Engine:
 
     def _affordable(self, member: Member) -> bool:
         """True unless the segments of the whole population are spent; one that was begun may be ended."""
-        limit, begun = self.config.max_segments, self.population.begun
-        return limit is None or (member.index, member.segment) in begun or len(begun) < limit
+        return not self._spent(self.population) or (member.index, member.segment) in self.population.begun
+
+    def _spent(self, population: Population) -> bool:
+        """True if no further segment may be begun, so that nothing would come of a decision."""
+        limit = self.config.max_segments
+        return limit is not None and len(population.begun) >= limit
 
     def finished(
         self,
@@ -245,7 +249,7 @@ class Engine:
         else:
             arrived = [m for m in after.members if m.segment == member.segment and not m.stopped]
             through = through and all(other.segment >= member.segment for other in unfinished)
-        if through:
+        if through and not self._spent(after):
             boundary = Boundary(self.search, after.members, arrived, idle=not unfinished)
             record = {**record, **self.config.policy.decide(boundary).as_record()}
         self._append(record)
@@ -274,4 +278,6 @@ def search_of(config: TuneConfig, recipe: dict[str, Any]) -> Search:
 
 def _identity(config: TuneConfig) -> dict[str, Any]:
     plain = {key: value for key, value in dump(config).items() if key not in NOT_IDENTITY}
+    # How members are divided and passed changes their results by rounding, and what a machine holds depends on it.
+    plain["executor"] = {"type": plain["executor"]["type"]}
     return dict(json.loads(json.dumps(plain)))

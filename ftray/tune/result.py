@@ -49,7 +49,7 @@ class TuneResult:
     metrics: dict[str, float]
     """All metrics of the winner's last segment."""
     config: dict[str, Any]
-    """The winner's last configuration, recipe path -> value."""
+    """What the winner's last segment was trained with, recipe path -> value."""
     schedule: list[dict[str, Any]]
     """What the winner's weights were trained with, segment by segment: member, config, score."""
     lineage: list[int]
@@ -86,19 +86,21 @@ def summarise(config: TuneConfig, folder: Path, records: Sequence[Record], secon
     best = population.best(config.mode)
     if best is None or best.score is None or best.checkpoint is None:
         raise TuneError(f"{folder}: no member has a score yet; go on with --resume")
+    # A decision since then has changed what the member will be, not what its weights are.
+    reached = next(a for m in population.members for a in m.arrivals if a and a.checkpoint == best.checkpoint)
     commits = [record for record in records if record["kind"] == "commit"]
     decisions = [decision for record in records for decision in record.get("decisions", [])]
     checkpoint, delta = read_result(folder / "segments" / best.checkpoint)
     return TuneResult(
         name=config.name,
-        member=best.index,
+        member=reached.member,
         metric=config.metric,
         mode=config.mode,
         score=best.score,
         metrics=next(record["metrics"] for record in commits if record["checkpoint"] == best.checkpoint),
-        config=best.config,
+        config=reached.config,
         schedule=schedule(records, best.checkpoint),
-        lineage=best.lineage,
+        lineage=reached.lineage,
         checkpoint=checkpoint,
         delta=delta,
         folder=folder,

@@ -181,6 +181,16 @@ def test_the_budget_of_a_population_is_kept_to(tmp_path, name, asynchronous):
     assert len(commits) == 7 and engine.done
 
 
+def test_nothing_is_decided_once_the_budget_is_spent(tmp_path):
+    engine = search(tmp_path, Toy(), config(max_segments=8))
+    after = [record["kind"] for record in engine.journal.records if "decisions" in record]
+    assert len(after) == 1, "two generations of four: one boundary has something behind it"
+    trained = {
+        record["checkpoint"]: record["config"] for record in engine.journal.records if "score" in record
+    }
+    assert all(member.config == trained[member.checkpoint] for member in engine.population.members)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

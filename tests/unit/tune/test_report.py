@@ -40,6 +40,23 @@ def test_the_summary_counts_what_the_journal_holds(finished):
     assert result.lineage[-1] == result.member
 
 
+def test_the_winner_is_what_was_trained_also_right_after_a_decision(tmp_path):
+    """Both wear the donor's score then; the lower number is the copy, whose new values nobody has trained."""
+    for seed in range(20):
+        engine = search(tmp_path / str(seed), Toy(), config(seed=seed))
+        records = engine.journal.records
+        at = next(place for place, record in enumerate(records) if "decisions" in record)
+        best = replay(records[: at + 1]).best("min")
+        folder = tmp_path / str(seed) / "segments" / best.checkpoint
+        folder.mkdir(parents=True)
+        write_json(folder / "segment.json", {"checkpoint": None, "delta": None})
+        result = summarise(config(), tmp_path / str(seed), records[: at + 1], 0.0)
+        assert result.config == result.schedule[-1]["config"] and result.lineage == [result.member]
+        if best.config != result.config:
+            return
+    pytest.fail("in no search has the winner been copied by a member of a lower number")
+
+
 def test_a_schedule_follows_donors_back_to_the_beginning(finished):
     _, records = finished
     for member in replay(records).members:
