@@ -7,6 +7,7 @@ kept for a while: whoever goes on from one of their checkpoints copies it in mem
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from torch import nn
 
 from ftray.adapt.base import TRAINED, Named
 from ftray.config.recipe import Recipe
-from ftray.core.errors import ConfigError, FtrayError, RunStopped
+from ftray.core.errors import ConfigError, DataError, FtrayError, RunStopped
 from ftray.data.store import Folder
 from ftray.model.build import move_rest
-from ftray.optim.first_order import step_together
+from ftray.optim.first_order import Work, step_together
 from ftray.train.build import build_model, surely_bf16
 from ftray.train.io import IO, Record
 from ftray.train.oom import explained
@@ -131,8 +132,9 @@ def _train(runs: Mapping[int, Run], found: dict[int, Result | FtrayError], most_
             run.start()
             progress[place] = run.progress()
     while active := [place for place in progress if not runs[place].is_over(progress[place])]:
-        works = [next_work(runs[place], progress[place]) for place in active]
-        for place, work, report in zip(active, works, step_together(works, most_rows), strict=True):
+        works = _next_works(runs, active, progress, found)
+        reports = step_together(list(works.values()), most_rows) if works else []
+        for (place, work), report in zip(works.items(), reports, strict=True):
             with _alone(place, found):
                 progress[place] = after_step(runs[place], work, report)
         for place in active:
@@ -142,6 +144,25 @@ def _train(runs: Mapping[int, Run], found: dict[int, Result | FtrayError], most_
     for place in progress:
         with _alone(place, found):
             found[place] = runs[place].finish()
+
+
+def _next_works(
+    runs: Mapping[int, Run],
+    active: Sequence[int],
+    progress: Mapping[int, float],
+    found: dict[int, Result | FtrayError],
+) -> dict[int, Work]:
+    """What is to be done in the next step, of the members whose rows every rank has."""
+    works: dict[int, Work] = {}
+    for place in active:
+        with _alone(place, found):
+            works[place] = next_work(runs[place], progress[place])
+    missing = torch.tensor([float(place not in works) for place in active])
+    missing = runs[active[0]].recipe.strategy.sum(missing)
+    for place in itertools.compress(active, missing.tolist()):
+        works.pop(place, None)
+        found.setdefault(place, DataError("another rank of the group has no rows for the step; see its log"))
+    return works
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ftray.config.recipe import Recipe
-from ftray.core.errors import ConfigError, FtrayError, TrainError
+from ftray.core.errors import ConfigError, DataError, FtrayError, TrainError
 from ftray.testing.tiny import tiny_base as make_base
 from ftray.train.io import LocalIO
 from ftray.train.population import Part, Population
@@ -55,7 +55,11 @@ def largest_difference(one: Result, other: Result) -> float:
 
 
 def losses(result: Result) -> list[float]:
-    lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
+    return losses_in(result.run_dir)
+
+
+def losses_in(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [record["loss"] for record in map(json.loads, lines) if not record.get("final")]
 
 
@@ -159,10 +163,14 @@ def test_what_is_wrong_with_one_member_ends_that_one(make_recipe: MakeRecipe, tm
     made = recipes(make_recipe, 2, "m")
     bad = make_recipe("bad", optim__learning_rate=1e30)
     rows = make_recipe("rows", objective="dpo")
-    found = Population(made[0]).train(parts_of([made[0], bad, rows, made[1]], tmp_path / "together"))
+    short = make_recipe("short", data__max_length=512, data__drop_consumed=True, train__save_steps=5)
+    members = [made[0], bad, rows, short, made[1]]
+    found = Population(made[0]).train(parts_of(members, tmp_path / "together"))
     assert isinstance(found[1], TrainError) and "not finite" in str(found[1])
     assert isinstance(found[2], FtrayError) and "preference rows" in str(found[2])
-    for recipe, result in ((made[0], found[0]), (made[1], found[3])):
+    assert isinstance(found[3], DataError) and "needs rows a second time" in str(found[3])
+    assert len(losses_in(tmp_path / "together" / "short")) > 0, "it has begun"
+    for recipe, result in ((made[0], found[0]), (made[1], found[4])):
         assert isinstance(result, Result)
         assert largest_difference(result, train(recipe, LocalIO(tmp_path / recipe.name))) < 1e-5
 
