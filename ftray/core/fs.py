@@ -6,6 +6,7 @@ and a power cut on a POSIX file system; a plain copy into the final name tears.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -143,17 +144,32 @@ def read_json(path: Path) -> Any:
 
 
 def digest_bytes(data: bytes) -> str:
-    """Digest of bytes, as `xxh3:<32 hex digits>`."""
+    """Digest of bytes, as `xxh3:<32 hex digits>`. It finds damage; whoever wants to make two files of one can."""
     return "xxh3:" + xxhash.xxh3_128_hexdigest(data)
 
 
 def digest_json(value: Any) -> str:
-    """Digest of a JSON value in canonical form (sorted keys, no spaces)."""
-    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+    """Digest of a JSON value in canonical form (sorted keys, no spaces), as `digest_bytes`."""
+    return digest_bytes(_canonical(value))
+
+
+def sha256_json(value: Any) -> str:
+    """`digest_json` as `sha256:<64 hex digits>`: an identity that nobody can forge."""
+    return "sha256:" + hashlib.sha256(_canonical(value)).hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def sha256_file(path: Path) -> str:
+    """Digest of a file's bytes as `sha256:<64 hex digits>`, for what others wrote and trust depends on."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_file(path: Path) -> str:
-    """Digest of a file's bytes, read in pieces of 4 MiB."""
+    """Digest of a file's bytes as `digest_bytes`, read in pieces of 4 MiB."""
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -169,12 +185,13 @@ def digest_tree(folder: Path, *, skip: frozenset[str] = frozenset()) -> dict[str
 
 
 def verify_tree(folder: Path, digests: dict[str, str], error: type[FtrayError] = CheckpointError) -> None:
-    """Check that each named file is there with its digest; raises `error` naming the first that is not."""
+    """Check that each named file is there with its digest, of either kind; raises `error` naming one that isn't."""
     for name, digest in digests.items():
         path = folder / name
         if not path.is_file():
             raise error(f"{path}: missing, though the manifest names it; restore it or delete {folder}")
-        if digest_file(path) != digest:
+        found = sha256_file(path) if digest.startswith("sha256:") else digest_file(path)
+        if found != digest:
             raise error(f"{path}: its content is not what was committed; restore it or delete {folder}")
 
 

@@ -5,6 +5,7 @@ weights), so other tools load it without ftray; the manifest adds which base it 
 and the digest of every file.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +13,14 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ftray.core.errors import DeltaError, FtrayError
-from ftray.core.fs import digest_file, digest_json, read_json, verify_tree, write_json
+from ftray.core.fs import read_json, sha256_file, sha256_json, verify_tree, write_json
 from ftray.core.spec import dump, parse, spec
 from ftray.delta import files as delta_files
 from ftray.delta.parity import Parity
 
 MANIFEST = "ftray_delta.json"
 """Name of the manifest inside a delta folder."""
-FORMAT = 1
+FORMAT = 2
 """Newest manifest format this version reads and the one it writes."""
 
 _REQUIRED = {
@@ -28,6 +29,7 @@ _REQUIRED = {
     "peft": ("adapter_config.json", "adapter_model.safetensors"),
 }
 _DIGEST_PATTERN = r"^[a-z0-9]+:[0-9a-f]{16,128}$"
+_FILE_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @spec
@@ -82,12 +84,12 @@ class Delta:
     parity: Parity | None = None
     """That it answers alike alone, merged and served, if that was measured."""
     files: dict[str, str] = Field(default_factory=dict)
-    """Digest of every file of the folder by relative name, the manifest itself left out."""
+    """SHA-256 of every file of the folder by relative name, the manifest itself left out."""
 
     @property
     def digest(self) -> str:
         """Identity of what answers: kind, base, chat template and files; not the metrics or the lineage."""
-        return digest_json(
+        return sha256_json(
             {
                 "kind": self.kind,
                 "base": self.base.digest,
@@ -115,7 +117,7 @@ def write(folder: Path | str, **fields: Any) -> Delta:
     """
     folder = Path(folder)
     names = delta_files.list_files(folder, skip=frozenset({MANIFEST}))
-    digests = {name: digest_file(folder / name) for name in names}
+    digests = {name: sha256_file(folder / name) for name in names}
     delta = _parse({**fields, "format": FORMAT, "files": digests}, folder / MANIFEST)
     _check_complete(delta, folder)
     write_json(folder / MANIFEST, dump(delta))
@@ -144,8 +146,13 @@ def read(folder: Path | str, verify: bool = True, *, beside: frozenset[str] = fr
     if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
         raise DeltaError(f"{path}: format {data['format']} is newer than {FORMAT}; update ftray to read it")
     delta = _parse(data, path)
-    for name in delta.files:
+    for name, digest in delta.files.items():
         delta_files.check_relative_name(name)
+        if not _FILE_DIGEST.fullmatch(digest):
+            raise DeltaError(
+                f"{path}: the digest of `{name}` is no SHA-256 ({digest[:24]}), which others could forge; make the"
+                f" delta again, or remove {MANIFEST} and publish the folder with `--base`"
+            )
     if verify:
         _check_complete(delta, folder)
         present = delta_files.list_files(folder, skip=beside | {MANIFEST})

@@ -5,7 +5,7 @@ from typing import Any
 
 from ftray.adapt.peft_files import CONFIG, WEIGHTS
 from ftray.core.errors import DeltaError
-from ftray.core.fs import digest_file, digest_json
+from ftray.core.fs import sha256_file, sha256_json
 from ftray.delta import manifest
 from ftray.model.identity import base_identity
 from ftray.model.tokenizer import chat_template_hash
@@ -45,4 +45,4 @@ def folder_digest(folder: Path) -> str:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise DeltaError(f"{folder}: {name} is missing; name a PEFT adapter folder")
-    return digest_json({name: digest_file(folder / name) for name in (CONFIG, WEIGHTS)})
+    return sha256_json({name: sha256_file(folder / name) for name in (CONFIG, WEIGHTS)})

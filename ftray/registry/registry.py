@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.core.errors import FtrayError, RegistryError
-from ftray.core.fs import digest_file, read_json
+from ftray.core.fs import read_json, sha256_file
 from ftray.core.spec import dump, parse
 from ftray.core.types import is_name
 from ftray.data.store import is_url
@@ -240,7 +240,7 @@ class Registry:
             path = self.shelf.open(name, version, whole=verify)
             record = read_json(path / VERSION_FILE)
             delta = manifest.read(path, verify, beside=stage.BESIDE)
-            if record["manifest"] != digest_file(path / manifest.MANIFEST):
+            if record["manifest"] != sha256_file(path / manifest.MANIFEST):
                 raise RegistryError(f"{path / manifest.MANIFEST}: its content is not what was published")
             published_at, size_bytes = str(record["published_at"]), int(record["size_bytes"])
         except (FtrayError, OSError, KeyError, TypeError) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.core.errors import DeltaError, RegistryError
-from ftray.core.fs import digest_file, write_json
+from ftray.core.fs import sha256_file, write_json
 from ftray.core.spec import dump, parse
 from ftray.delta import files as delta_files
 from ftray.delta import manifest
@@ -60,7 +60,7 @@ def write_record(staged: Path, name: str, version: int) -> None:
         "name": name,
         "version": version,
         "published_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "manifest": digest_file(staged / manifest.MANIFEST),
+        "manifest": sha256_file(staged / manifest.MANIFEST),
         "size_bytes": sum(path.stat().st_size for path in staged.rglob("*") if path.is_file()),
     }
     write_json(staged / VERSION_FILE, record)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.core.errors import RegistryError
-from ftray.core.fs import digest_file, write_json
+from ftray.core.fs import sha256_file, write_json
 from ftray.data.store import remote_errors
 from ftray.delta import manifest
 from ftray.registry.copies import Copies
@@ -88,7 +88,7 @@ class UrlShelf:
         if not (folder / VERSION_FILE).is_file():
             write_json(folder / VERSION_FILE, record)
         path = folder / manifest.MANIFEST
-        if not path.is_file() or digest_file(path) != record["manifest"]:
+        if not path.is_file() or sha256_file(path) != record["manifest"]:
             self._fetch(f"{place}/{path.name}", path)
         if whole:
             files = manifest.read(folder, verify=False).files
@@ -265,7 +265,7 @@ def _numbers(names: list[str], suffix: str) -> set[int]:
 
 
 def _is_there(path: Path, digest: str) -> bool:
-    return path.is_file() and digest_file(path) == digest
+    return path.is_file() and sha256_file(path) == digest
 
 
 def _age(upload: str) -> datetime.timedelta:

@@ -30,7 +30,7 @@ def test_publish_list_show(capsys: pytest.CaptureFixture[str], delta: Path, tmp_
     where = ("--registry", tmp_path / "registry")
     assert "nothing is published here" in ftray(capsys, "list", *where)
     out = ftray(capsys, "publish", delta.parent, "tone", "--alias", "prod", "--alias", "canary", *where)
-    assert "published tone@1, tone@canary, tone@prod (xxh3:" in out
+    assert "published tone@1, tone@canary, tone@prod (sha256:" in out
     ftray(capsys, "publish", delta, "tone", *where)
     out = ftray(capsys, "list", *where)
     assert "tone@1" in out and "tone@2" in out and "eval_loss 2.5" in out
@@ -89,7 +89,7 @@ def test_promote_and_rollback(capsys: pytest.CaptureFixture[str], delta: Path, t
     where = ("--registry", tmp_path / "registry")
     for _ in range(3):
         ftray(capsys, "publish", delta, "tone", *where)
-    assert "tone@prod is now tone@1 (xxh3:" in (out := ftray(capsys, "promote", "tone@1", *where))
+    assert "tone@prod is now tone@1 (sha256:" in (out := ftray(capsys, "promote", "tone@1", *where))
     assert out.endswith("it was new\n")
     ftray(capsys, "promote", "tone", "--alias", "canary", *where)
     out = ftray(capsys, "promote", "tone@canary", "--alias", "prod", *where)

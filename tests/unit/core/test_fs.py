@@ -1,5 +1,6 @@
 """Files are wholly there or not there, whatever line a kill falls on."""
 
+import hashlib
 import json
 import os
 import signal
@@ -148,6 +149,12 @@ def test_a_large_file_is_digested_in_pieces(tmp_path: Path) -> None:
     data = os.urandom((1 << 22) + 17)
     (tmp_path / "large").write_bytes(data)
     assert fs.digest_file(tmp_path / "large") == fs.digest_bytes(data)
+    digest = fs.sha256_file(tmp_path / "large")
+    assert digest == "sha256:" + hashlib.sha256(data).hexdigest()
+    fs.verify_tree(tmp_path, {"large": digest})
+    (tmp_path / "large").write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match="large"):
+        fs.verify_tree(tmp_path, {"large": digest})
 
 
 def test_json_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:

@@ -402,7 +402,7 @@ def test_verbs(base: Path, low_rank: Calculate, tmp_path: Path, capsys: pytest.C
     ftray("average", "tone@1", second, out[0], "--out", out[2])
     ftray("interpolate", "tone", "--alpha", "0.3", "--out", out[3])
     assert "relative error" in ftray("ties", "tone@1", second, "--rank", "4", "--out", out[4])
-    assert "replacement xxh3:" in ftray("merge", "tone@1", "--out", out[5])
+    assert "replacement sha256:" in ftray("merge", "tone@1", "--out", out[5])
     made = json.loads(ftray("extract", out[5], "--rank", "4", "--out", out[6], "--json"))
     assert made["lineage"]["parents"] == [manifest.read(out[5]).digest]
     assert made["metrics"]["relative_error"] < 1e-3

@@ -1,13 +1,16 @@
 """The manifest: digests, the allow-list of files, the base it belongs to."""
 
+import hashlib
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 
 from ftray.core.errors import DeltaError
+from ftray.core.fs import digest_file
 from ftray.delta import manifest
 from ftray.delta.publishable import check_publishable
 from ftray.testing.deltas import BASE, weights_delta
@@ -40,6 +43,23 @@ def test_digest_is_of_what_answers_only(folder: Path, tmp_path: Path) -> None:
     digest = manifest.read(folder).digest
     assert manifest.read(same).digest == digest
     assert digest not in {manifest.read(path).digest for path in (other_weights, other_template, other_base)}
+
+
+def test_digests_cannot_be_forged(folder: Path) -> None:
+    delta = manifest.read(folder)
+    for name, digest in delta.files.items():
+        assert digest == "sha256:" + hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    assert re.fullmatch("sha256:[0-9a-f]{64}", delta.digest)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_digest_that_could_be_forged_is_refused(folder: Path, verify: bool) -> None:
+    rewrite(
+        folder, format=1, files={name: digest_file(folder / name) for name in manifest.read(folder).files}
+    )
+    with pytest.raises(DeltaError, match="no SHA-256") as caught:
+        manifest.read(folder, verify)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
@@ -95,7 +115,7 @@ def test_fifo_is_refused_without_reading_it(folder: Path) -> None:
     "name", ["../up.json", "/etc/x.json", "a//b.json", "a/../b.json", "nul\0.json", "ü.json"]
 )
 def test_manifest_cannot_point_outside(folder: Path, name: str) -> None:
-    rewrite(folder, files=manifest.read(folder).files | {name: "xxh3:" + "0" * 32})
+    rewrite(folder, files=manifest.read(folder).files | {name: "sha256:" + "0" * 64})
     with pytest.raises(DeltaError, match="not a file name"):
         manifest.read(folder, verify=False)
 

@@ -74,7 +74,7 @@ def test_the_winner_alone_its_curve_its_report_and_its_lineage(searched, tmp_pat
     first = json.loads(
         (searched / "segments" / winner.schedule[0]["checkpoint"] / "segment.json").read_text()
     )
-    assert lineage.parents == [first["delta_digest"]] and lineage.parents[0].startswith("xxh3:")
+    assert lineage.parents == [first["delta_digest"]] and lineage.parents[0].startswith("sha256:")
 
 
 def test_what_cannot_be_replayed_or_reported_is_one_line(tmp_path, capsys):
