@@ -32,6 +32,8 @@ from ftray.serve.usage import UsageLog
 _INLINE_BODY_BYTES = 32 * 2**10
 _CHAT_MAX_TOKENS = 1024
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default of this endpoint
+_LAST_EVENT_S = 5.0
+"""After a request's time is over: for the event that says so to be sent."""
 
 Body = schema.ChatBody | schema.CompletionBody
 MakeAnswers = Callable[[], Answers]
@@ -174,7 +176,9 @@ class _Endpoint:
         answers = make()
         first = await stream.unless_gone(request.receive, answers.first())
         events = answers.events(first, include_usage=usage)
-        return stream.EventStream(events, answers.reply.headers, lambda: exchange.end(answers.status))
+        within = exchange.deadline.kept(_LAST_EVENT_S)
+        headers = answers.reply.headers
+        return stream.EventStream(events, headers, lambda: exchange.end(answers.status), within)
 
     async def _prepared(self, body: Body, exchange: Exchange) -> MakeAnswers:
         """What makes the answers to come; nothing is asked of an engine before they are read."""

@@ -30,10 +30,10 @@ class Deadline:
         return self._loop.time() - self._started_s
 
     @contextlib.asynccontextmanager
-    async def kept(self) -> AsyncIterator[None]:
-        """Cancel what runs inside once the time is over. Raises `RequestError` (504)."""
+    async def kept(self, grace_s: float = 0.0) -> AsyncIterator[None]:
+        """Cancel what runs inside once the time and a grace are over. Raises `RequestError` (504)."""
         try:
-            async with asyncio.timeout_at(self._started_s + self._limit_s):
+            async with asyncio.timeout_at(self._started_s + self._limit_s + grace_s):
                 yield
         except TimeoutError:
             message = f"the request took more than {self._limit_s:g} s"

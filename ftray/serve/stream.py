@@ -4,10 +4,13 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
+
+from ftray.core.errors import RequestError
 
 T = TypeVar("T")
 
@@ -46,22 +49,35 @@ class EventStream(StreamingResponse):
     """A response of server-sent events that closes its source as soon as the client is gone.
 
     The source's `aclose` runs whatever happens, so that the engine frees what the request holds, and then `on_end`.
+
+    Args:
+        events: what is sent.
+        headers: sent before it.
+        on_end: called once nothing more is sent.
+        within: the time all of it has (`RequestError` after that): a client that stays and reads nothing would
+            hold its request for ever.
     """
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], headers: dict[str, str], on_end: Callable[[], None]
+        self,
+        events: AsyncGenerator[bytes, None],
+        headers: dict[str, str],
+        on_end: Callable[[], None],
+        within: AbstractAsyncContextManager[None],
     ) -> None:
         # A proxy in between must pass events on as they come.
         headers = headers | {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events = events
         self._on_end = on_end
+        self._within = within
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send events until they end or the client leaves."""
+        """Send events until they end, the client leaves or the time is over."""
         try:
-            with contextlib.suppress(ClientGone, OSError):
-                await unless_gone(receive, self._send(send))
+            with contextlib.suppress(ClientGone, OSError, RequestError):
+                async with self._within:
+                    await unless_gone(receive, self._send(send))
         finally:
             try:
                 await self._events.aclose()

@@ -1,16 +1,22 @@
 """What one request may take of the endpoint, and what all of them may: time, bytes, places in the queue."""
 
+import asyncio
 import json
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from ftray.config.tenant import TenantConfig
+from ftray.serve import http
+
 from .conftest import ASK, CHAT, Serve, Server, chat_body
+from .test_tenants import sha256
 
 
 def test_a_huge_body_is_413(server: Server) -> None:
@@ -31,6 +37,41 @@ def test_a_client_that_leaves_frees_what_it_held(serve: Serve, stream: bool) -> 
                 httpx.post(server.url + CHAT, json=body, timeout=0.3)
         server.wait_idle()
         assert not server.loop._streams
+
+
+def test_a_client_that_stops_reading_frees_what_it_held(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection stays, and nothing that is sent to it ever goes out."""
+    monkeypatch.setattr(http, "_LAST_EVENT_S", 0.1)
+    tenants = [TenantConfig(name="ann", key_sha256=sha256("key-ann"), max_concurrent_requests=1)]
+    headers = {"authorization": "Bearer key-ann"}
+    body = json.dumps(chat_body(stream=True, max_tokens=1000)).encode()
+
+    async def asked(app: Any) -> None:
+        scope = {
+            "type": "http", "method": "POST", "path": CHAT, "query_string": b"",
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        }  # fmt: skip
+        incoming = [{"type": "http.request", "body": body}]
+
+        async def receive() -> Any:
+            return incoming.pop() if incoming else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        async with asyncio.timeout(10):
+            await app(scope, receive, send)
+
+    with serve(tenants=tenants, text="x" * 5000, step_s=0.01, timeout_s=0.5) as server:
+        asyncio.run(asked(server.app))
+        server.wait_idle()
+        assert not server.loop._streams and not server.front.in_flight
+        response = server.post(CHAT, json=chat_body(max_tokens=1), headers=headers)  # its seat is free
+        assert response.status_code == 200
+        assert 'status="499"' in httpx.get(f"{server.url}/metrics", headers=headers).text
 
 
 def test_overload_is_429_with_retry_after(serve: Serve) -> None:
