@@ -33,9 +33,10 @@ def shared_field(path: str) -> str | None:
 
 
 def shared_settings(recipe: Recipe) -> dict[str, Any]:
-    """The values of the fields of `SHARED`."""
+    """The values of the fields of `SHARED`, and of the seed where it makes the base."""
     tree = dump(recipe)
-    return {field: _at(tree, field) for field in SHARED}
+    fields = (*SHARED, "seed") if recipe.model.init == "config" else SHARED
+    return {field: _at(tree, field) for field in fields}
 
 
 def check_member(recipe: Recipe) -> None:

@@ -10,9 +10,10 @@ from ftray.config.tune import TRAIN_FN, TuneConfig
 from ftray.core.errors import ConfigError
 from ftray.core.fs import digest_json
 from ftray.core.spec import spec
-from ftray.train.share import check_member, shared_field, shared_settings
+from ftray.train.share import check_member, check_rows, check_same, shared_field, shared_settings
 from ftray.tune.engine import Segment
 from ftray.tune.segment import Job, Outcome, Task, run_segments
+from ftray.tune.space import Space, apply
 
 if TYPE_CHECKING:
     from ftray.train.population import Population
@@ -63,18 +64,30 @@ class Populations:
     def check(self, config: TuneConfig, recipe: Recipe) -> None:
         """The base trains not, and nothing that belongs to it is searched."""
         check_member(recipe)
-        for path in config.space:
+        check_rows(recipe, self.rows_per_pass)
+        for path, distribution in Space(config.space).distributions.items():
             if field := shared_field(path):
                 raise ConfigError(
                     f"space.{path}: members of a population share `{field}`; leave it out, or search with "
                     "`executor: trials`"
                 )
+            self._check_values(path, [apply(recipe, {path: value}) for value in distribution.edges()])
         if config.train_fn != TRAIN_FN:
             raise ConfigError(f"train_fn: {config.train_fn} trains one member; leave it out for a population")
         if config.spread:
             raise ConfigError("spread: a population trains in one process; leave one of the two out")
         if config.asynchronous:
             raise ConfigError("asynchronous: members of a population step together; leave one of the two out")
+
+    def _check_values(self, path: str, members: Sequence[Recipe]) -> None:
+        """Refuse members, each with one value at a path, that cannot be trained together."""
+        try:
+            for member in members:
+                check_member(member)
+                check_rows(member, self.rows_per_pass)
+                check_same(members[0], member)
+        except ConfigError as error:
+            raise ConfigError(f"space.{path}: {error}") from None
 
     def group_size(self, living: int) -> int:
         """An equal part of the members."""
