@@ -12,9 +12,6 @@ if TYPE_CHECKING:
 Publish = Annotated[str, typer.Option(help="Publish the winner's delta, with its lineage, under this name.")]
 RegistryFolder = Annotated[Path, typer.Option(help="Folder of the registry to publish to.")]
 
-_ROUNDING = 1e-3
-"""Difference of a weight up to which products of other shapes may explain it."""
-
 
 class SearchUnlessNamed(TyperGroup):
     """Takes `ftray tune FILE` for `ftray tune search FILE`."""
@@ -121,12 +118,11 @@ def replay(
 
     with bar("replay") as progress:
         found = replay_schedule(journal, output, member, progress)
-    is_rounding = found.difference is not None and found.difference < _ROUNDING
     says = {
         True: "the weights are those of the search, bit for bit",
         False: (
             f"the weights are those of the search but for rounding ({found.difference:.1e} at most)"
-            if is_rounding
+            if found.rounded
             else "the weights differ from those of the search"
         ),
         None: "the search's own weights are gone, so there is nothing to compare with",
@@ -134,7 +130,7 @@ def replay(
     scores = f"{found.score:.6f}, in the search {found.recorded_score:.6f}"
     out.print(f"member {found.member}: {scores}; {says[found.equal]}", highlight=False, soft_wrap=True)
     out.print(f"delta: {found.delta}", highlight=False, soft_wrap=True)
-    if found.equal is False and not is_rounding:
+    if found.equal is False and not found.rounded:
         raise typer.Exit(1)
 
 

@@ -1,16 +1,22 @@
 """`ftray tune replay`: train the schedule of one member again, alone, and compare the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ftray.core.errors import TuneError
 from ftray.core.fs import digest_tree
+from ftray.core.spec import build_piece
 from ftray.tune.engine import Segment
 from ftray.tune.journal import read
 from ftray.tune.members import schedule
 from ftray.tune.population import replay
 from ftray.tune.segment import Job, read_result, run_segment
+
+ROUNDING = 1e-5
+"""Largest difference of a float32 weight that the shapes of products explain."""
+RELATIVE_ROUNDING = 1e-3
+"""The same as a fraction of the largest weight of its tensor, for those that have hardly moved."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,10 @@ class Replayed:
     delta: Path | None
     equal: bool | None
     """Whether the weights are those of the search, bit for bit; None if these are gone."""
+    rounded: bool = False
+    """Whether they are but for rounding: a population's member was trained in larger products than it is alone."""
     difference: float | None = None
-    """Largest absolute difference of a weight. A member of a population was trained in larger products than it is
-    alone, so that some rounding is left; None if the weights are gone or are no safetensors."""
+    """Largest absolute difference of a weight; None if the weights are gone or are no safetensors."""
 
 
 def replay_schedule(
@@ -75,6 +82,8 @@ def replay_schedule(
     assert before is not None and outcome.score is not None
     checkpoint, delta = read_result(job.path(before))
     theirs = journal.parent / "segments" / steps[-1]["checkpoint"]
+    differences = _differences(delta, _delta_of(theirs))
+    together = build_piece("executor", search["executor"]).group_size(2) > 1
     return Replayed(
         chosen.index,
         out,
@@ -83,7 +92,8 @@ def replay_schedule(
         checkpoint,
         delta,
         _equal(delta, theirs),
-        _difference(delta, theirs),
+        together and is_rounding(differences),
+        max((absolute for absolute, _ in differences), default=None),
     )
 
 
@@ -92,22 +102,33 @@ def _equal(delta: Path | None, segment: Path) -> bool | None:
     return None if delta is None or theirs is None else _weights(delta) == _weights(theirs)
 
 
-def _difference(delta: Path | None, segment: Path) -> float | None:
-    theirs = _delta_of(segment)
-    if delta is None or theirs is None:
-        return None
+def is_rounding(differences: Sequence[tuple[float, float]]) -> bool:
+    """True if products of other shapes may explain so much.
+
+    Args:
+        differences: of each tensor, largest absolute difference and largest magnitude. A tensor that began at zero,
+            of which every low-rank adapter has one, is as large as it has moved.
+    """
+    return bool(differences) and all(
+        absolute <= ROUNDING and absolute <= RELATIVE_ROUNDING * magnitude
+        for absolute, magnitude in differences
+    )
+
+
+def _differences(ours: Path | None, theirs: Path | None) -> list[tuple[float, float]]:
+    """Of each tensor, largest absolute difference and largest magnitude; empty if they cannot be compared."""
+    if ours is None or theirs is None:
+        return []
     from safetensors.torch import load_file
 
-    differences = []
-    for path in delta.rglob("*.safetensors"):
-        other = theirs / path.relative_to(delta)
-        if not other.is_file():
-            return None
-        ours, found = load_file(path), load_file(other)
-        if ours.keys() != found.keys():
-            return None
-        differences += [float((ours[name] - found[name]).abs().max()) for name in ours]
-    return max(differences, default=None)
+    found = []
+    for path in ours.rglob("*.safetensors"):
+        other = theirs / path.relative_to(ours)
+        mine, its = load_file(path), load_file(other) if other.is_file() else {}
+        if mine.keys() != its.keys() or any(mine[name].shape != its[name].shape for name in mine):
+            return []
+        found += [(float((mine[n] - its[n]).abs().max()), float(its[n].abs().max())) for n in mine]
+    return found
 
 
 def _delta_of(segment: Path) -> Path | None:
