@@ -2,7 +2,7 @@
 
 A member is a `Run` like any other, with rows, engine, schedule, checkpoints and a delta in its own folder; only the
 passes through the model are taken together. A member that fails ends alone. What members were when they ended is
-kept for a while: whoever goes on from one of their checkpoints copies it in memory.
+kept until the next begin: whoever goes on from one of their checkpoints copies it in memory.
 """
 
 import contextlib
@@ -86,21 +86,21 @@ class Population:
             stack.enter_context(explained(self.recipe))
             runs: dict[int, Run] = {}
             for place, part in enumerate(parts):
+                self._drop_residents(parts[place:])
                 stack.enter_context(contextlib.closing(part.io))
-                try:
+                stack.callback(self._adapt.remove, self._model, _name(place))
+                with _alone(place, found):
                     runs[place] = self._begin(place, part, parts[0].io)
-                except FtrayError as error:
-                    found[place] = error
-                    continue
-                stack.callback(runs[place].checkpoints.close)
+                    stack.callback(runs[place].checkpoints.close)
+            self._drop_residents()
             parts[0].io.start(self.recipe, self.recipe.strategy.dp_rank)
             _train(runs, found, rows_per_pass)
-            self._keep(runs, found, 2 * len(parts))
+            self._keep(runs, found)
         return [found[place] for place in range(len(parts))]
 
     def _begin(self, place: int, part: Part, lead: IO) -> Run:
         """A member's run, its factors in the model under a name of their own."""
-        recipe, name, io = part.recipe, f"m{place:03}", _Led(part.io, lead)
+        recipe, name, io = part.recipe, _name(place), _Led(part.io, lead)
         feed = open_feed(recipe, io)
         recipe.adapt.apply(self._model, recipe.seed, name)
         move_rest(self._model, recipe.strategy.device)
@@ -109,10 +109,14 @@ class Population:
         trained = Trained(self._policy, parameters, name, before)
         return assemble(recipe, io, feed, trained, part.start_from, stop_at=part.stop_at)
 
-    def _keep(self, runs: Mapping[int, Run], found: Mapping[int, Result | FtrayError], most: int) -> None:
-        """Hold on to what sound members ended as, and take everybody's factors out of the model."""
+    def _drop_residents(self, parts: Sequence[Part] = ()) -> None:
+        """Let go of those that none of these parts begins as: whoever does later has the checkpoint."""
+        wanted = {part.start_from for part in parts}
+        self._residents = {path: held for path, held in self._residents.items() if path in wanted}
+
+    def _keep(self, runs: Mapping[int, Run], found: Mapping[int, Result | FtrayError]) -> None:
+        """Hold on to what sound members ended as."""
         for place, run in runs.items():
-            self._adapt.remove(self._model, f"m{place:03}")
             if isinstance(found[place], FtrayError):
                 continue
             checkpoints, engine = run.checkpoints, run.engine
@@ -120,8 +124,11 @@ class Population:
             self._residents[path] = Resident(
                 path, engine.parameters, engine.optimizers, run.state, checkpoints.identity
             )
-        for path in list(self._residents)[:-most]:
-            del self._residents[path]
+
+
+def _name(place: int) -> str:
+    """Of a member's factors in the model."""
+    return f"m{place:03}"
 
 
 def _train(runs: Mapping[int, Run], found: dict[int, Result | FtrayError], most_rows: int | None) -> None:

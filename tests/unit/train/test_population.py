@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from ftray.config.recipe import Recipe
-from ftray.core.errors import ConfigError, DataError, FtrayError, TrainError
+from ftray.core.errors import CheckpointError, ConfigError, DataError, FtrayError, TrainError
 from ftray.testing.tiny import tiny_base as make_base
+from ftray.train.checkpoint import Checkpoints
 from ftray.train.io import LocalIO
 from ftray.train.population import Part, Population
 from ftray.train.run import Result
@@ -82,9 +83,12 @@ def test_each_member_is_its_run_alone(make_recipe: MakeRecipe, tmp_path: Path) -
 
 
 def test_whoever_goes_on_from_a_donor_in_memory_is_as_from_its_checkpoint(
-    make_recipe: MakeRecipe, tmp_path: Path
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights, moments, data position and dropout of the donor, with another rate; also for one that took over."""
+    """Weights, moments, data position and dropout of the donor, with another rate; also for one that took over.
+
+    No file is read for it, and no donor is held once everybody has begun.
+    """
     made = recipes(make_recipe, 3, "m", optim__learning_rate=1e-2)
     population = Population(made[0])
     first = sound(population.train(parts_of(made, tmp_path / "first", stop_at=3)))
@@ -99,7 +103,15 @@ def test_whoever_goes_on_from_a_donor_in_memory_is_as_from_its_checkpoint(
         pairs = zip(heirs, donors, strict=True)
         return sound(owner.train([Part(recipe, LocalIO(folder / recipe.name), c) for recipe, c in pairs]))
 
-    in_memory = second(population, tmp_path / "memory")
+    held = []
+    population._model.base_model.register_forward_pre_hook(lambda *_: held.append(len(population._residents)))
+    with monkeypatch.context() as without_files:
+        without_files.delattr(Checkpoints, "restore")
+        in_memory = second(population, tmp_path / "memory")
+        with pytest.raises(AttributeError, match="restore"):
+            second(Population(made[0]), tmp_path / "none")
+    assert held and set(held) == {0}
+    assert set(population._residents) == {result.checkpoint for result in in_memory}
     from_files = second(Population(made[0]), tmp_path / "files")
     for recipe, donor, one, other in zip(heirs, donors, in_memory, from_files, strict=True):
         alone = train(recipe, LocalIO(tmp_path / "alone" / recipe.name), start_from=donor)
@@ -165,7 +177,13 @@ def test_what_is_wrong_with_one_member_ends_that_one(make_recipe: MakeRecipe, tm
     rows = make_recipe("rows", objective="dpo")
     short = make_recipe("short", data__max_length=512, data__drop_consumed=True, train__save_steps=5)
     members = [made[0], bad, rows, short, made[1]]
-    found = Population(made[0]).train(parts_of(members, tmp_path / "together"))
+    population = Population(made[0])
+    (donor,) = sound(population.train(parts_of(made[:1], tmp_path / "donor", stop_at=1)))
+    parts = parts_of(members, tmp_path / "together")
+    other = Part(make_recipe("other", adapt__r=16), LocalIO(tmp_path / "other"), donor.checkpoint)
+    found = population.train([*parts, other])
+    assert isinstance(found[5], CheckpointError)
+    assert not [name for name, _ in population._model.named_parameters() if "lora_" in name]
     assert isinstance(found[1], TrainError) and "not finite" in str(found[1])
     assert isinstance(found[2], FtrayError) and "preference rows" in str(found[2])
     assert isinstance(found[3], DataError) and "needs rows a second time" in str(found[3])
