@@ -14,9 +14,10 @@ LENGTHS = ("max_steps", "num_train_epochs", "max_tokens", "max_time_s")
 def segment_recipe(config: TuneConfig, recipe: Recipe) -> dict[str, Any]:
     """A user's recipe as the search runs it, as plain data.
 
-    Schedules span all segments, nothing is saved or validated but at a segment's end, and each member is
-    trained by one worker, since how a run is spread changes its result by rounding only. `bf16: auto` is a timing,
-    by which members would differ by chance; here it means float32.
+    Schedules span all segments, nothing is validated but at a segment's end (checkpoints on the way, which change
+    nothing, are taken as the recipe says), and each member is trained by one worker, since how a run is spread
+    changes its result by rounding only. `bf16: auto` is a timing, by which members would differ by chance; here it
+    means float32.
 
     Args:
         config: the search, its segments counted in steps or tokens (`in_steps`).
@@ -24,7 +25,7 @@ def segment_recipe(config: TuneConfig, recipe: Recipe) -> dict[str, Any]:
     """
     unit = "max_steps" if config.segment_tokens is None else "max_tokens"
     limits = {**dict.fromkeys(LENGTHS), unit: config.num_segments * config.segment_length}
-    quiet: dict[str, Any] = {"save_steps": None, "save_total_limit": 1, "save_best": False}
+    quiet: dict[str, Any] = {"save_total_limit": 1, "save_best": False}
     quiet["early_stopping_patience"] = None  # it would end a member before its segment does
     if config.segment_evaluations is None:
         quiet["eval_steps"] = None
