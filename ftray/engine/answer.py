@@ -1,5 +1,6 @@
 """What turns the tokens of one answer into what its client gets."""
 
+import math
 from collections.abc import Collection
 from collections.abc import Sequence as Parts
 from dataclasses import replace
@@ -81,6 +82,9 @@ class Answer:
 
     def scored(self) -> Output:
         """The end of an answer that generates nothing."""
+        if any(token and math.isnan(token.logprob) for token in self._prompt_logprobs or ()):
+            self._prompt_logprobs = None
+            return self.failed("the model gave no finite logits")
         return self._output("", [], finish_reason="length")
 
     def failed(self, problem: str, status: int = 500) -> Output:

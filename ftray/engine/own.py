@@ -20,6 +20,14 @@ from ftray.model.folder import load_config
 
 _TOLERANCE = 1e-3
 """Of the largest logit, in float32."""
+_UNUSED = frozenset(
+    {
+        *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "id2label", "label2id"),
+        *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    }
+)
+"""Settings of a model that its logits do not depend on while it serves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +60,13 @@ class OwnReader:
         self._base = base
         self._dtype = model.dtype
         self._shapes = _shapes(model)
+        self._config = _decisive(load_config(base).to_dict())
 
     def read(self, folder: Path, delta: Delta | None, digest: str) -> OwnWeights:
         """The model that a delta makes of the base. Raises `DeltaError`, one line."""
         try:
             if delta is not None and delta.kind == "replacement":
+                self._check_config(folder)
                 kind, model = "replacement", _load(folder)
             else:
                 kind, model = self._merged(folder)
@@ -76,6 +86,17 @@ class OwnReader:
             if not torch.isfinite(parameter).all():
                 raise DeltaError(f"{folder}: `{name}` holds values that are not finite; train it again")
         return OwnWeights(digest, kind, model.to(self._dtype).eval().requires_grad_(False))
+
+    def _check_config(self, folder: Path) -> None:
+        """Weights alone may differ: only the base's own settings were checked to keep rows of a step apart."""
+        found = _decisive(load_config(folder).to_dict())
+        for field in sorted(self._config.keys() | found.keys()):
+            ours, theirs = self._config.get(field), found.get(field)
+            if ours != theirs:
+                raise DeltaError(
+                    f"{folder / 'config.json'}: {field} is {str(theirs)[:80]}, this base has {str(ours)[:80]};"
+                    " only weights may differ"
+                )
 
     def _merged(self, folder: Path) -> tuple[str, Any]:
         from peft import PeftModel, get_peft_model_state_dict
@@ -105,6 +126,15 @@ class OwnReader:
                 " train a low-rank adapter"
             )
         return kind.lower(), merged
+
+
+def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what says nothing of the logits, parts of it too."""
+    return {
+        name: _decisive(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if name not in _UNUSED
+    }
 
 
 def _checked_kind(folder: Path) -> str:

@@ -85,6 +85,7 @@ class TorchRunner:
         self._route = route_of(base.model)
         self._slots: dict[str, int] = {}
         self._own: dict[str, Any] = {}
+        self._num_layers = base.model.config.get_text_config().num_hidden_layers
 
     @torch.inference_mode()
     def forward(self, rows: list[Row], keys: list[str | None], keep: list[int]) -> torch.Tensor:
@@ -107,6 +108,9 @@ class TorchRunner:
                 logits_to_keep=torch.tensor(keep or [0], device=self._device),
             ).logits[0]
         self.calls = step.calls
+        if model is not self.model and self.calls != self._num_layers:
+            logger.error("%s: %d of %d layers use the paged attention", alone, self.calls, self._num_layers)
+            logits = logits.new_full(logits.shape, float("nan"))  # fails these rows, which are all its own
         return logits[: len(keep)]
 
     def _set_stretches(self, segments: list[Segment]) -> None:

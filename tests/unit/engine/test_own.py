@@ -97,20 +97,26 @@ def test_an_adapted_output_head_is_merged(tmp_path: Path) -> None:
     Reference(base, {"x": folder}).check(request, engine.generate([request])[0])
 
 
-def test_replacement_weights_answer_beside_the_base(tiny_base: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
+def replacement(base: Path, folder: Path, **overrides: Any) -> Path:
+    """Whole weights of another seed, as a delta."""
     from ftray.delta import manifest
     from ftray.model.identity import base_identity
 
-    tuned = tiny.tiny_base(tmp_path / "tuned", seed=7)
+    tuned = tiny.tiny_base(folder, seed=7, **overrides)
     for file in tuned.iterdir():
         if file.suffix not in (".safetensors",) and file.name not in (
             "config.json",
             "generation_config.json",
         ):
             file.unlink()
-    manifest.write(tuned, kind="replacement", base=base_identity(tiny_base))
+    manifest.write(tuned, kind="replacement", base=base_identity(base))
+    return tuned
+
+
+def test_replacement_weights_answer_beside_the_base(tiny_base: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tuned = replacement(tiny_base, tmp_path / "tuned")
     engine = TorchEngineConfig(kv_cache_tokens=512).build(str(tiny_base))
     engine.load_delta("tuned", str(tuned))
     assert engine.delta_info("tuned").kind == "replacement"
@@ -120,6 +126,51 @@ def test_replacement_weights_answer_beside_the_base(tiny_base: Path, tmp_path: P
     refusing = TorchEngineConfig(kv_cache_tokens=512, max_own_weights=0).build(str(tiny_base))
     with pytest.raises(DeltaError, match="max_own_weights"):
         refusing.load_delta("tuned", str(tuned))
+
+
+DYNAMIC = {
+    "rope_type": "dynamic",
+    "factor": 4.0,
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rope_parameters", DYNAMIC),
+        ("rms_norm_eps", 0.1),
+        ("max_position_embeddings", 4096),
+        ("hidden_act", "gelu"),
+    ],
+)
+def test_weights_of_another_structure_are_refused(
+    tiny_base: Path, tmp_path: Path, field: str, value: Any
+) -> None:
+    folder = replacement(tiny_base, tmp_path / "x", **{field: value})
+    for config in (TorchEngineConfig(kv_cache_tokens=512), HFGenerateConfig()):
+        said = refused(config.build(str(tiny_base)), folder)
+        assert f"config.json: {field} is" in said and "only weights may differ" in said
+
+
+def test_names_and_notes_of_own_weights_may_differ(tiny_base: Path, tmp_path: Path) -> None:
+    folder = replacement(tiny_base, tmp_path / "x", architectures=["Other"], attention_dropout=0.1)
+    engine = TorchEngineConfig(kv_cache_tokens=512).build(str(tiny_base))
+    engine.load_delta("x", str(folder))
+    assert engine.generate([ask("0", "x", 9)])[0].error is None
+
+
+def test_own_weights_that_leave_the_paged_attention_fail_alone(tiny_base: Path, tmp_path: Path) -> None:
+    engine = TorchEngineConfig(kv_cache_tokens=512).build(str(tiny_base))
+    engine.load_delta("x", str(replacement(tiny_base, tmp_path / "x")))
+    for model in engine._runner._own.values():  # type: ignore[attr-defined]
+        model.set_attn_implementation("sdpa")
+    only_prompt = Sampling(max_tokens=0, prompt_logprobs=0)
+    scored = Request(id="2", prompt_ids=list(range(9, 18)), delta="x", sampling=only_prompt)
+    base, own, score = engine.generate([ask("0", None, 9), ask("1", "x", 9), scored])
+    assert base.error is None
+    assert own.error == score.error == "the model gave no finite logits"
 
 
 def check(model: Any, prompt: int, output: Output) -> None:
