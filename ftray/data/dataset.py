@@ -110,11 +110,10 @@ class Dataset:
             number += 1
 
     def write_window(self, number: int, shards: Sequence[dict[str, Any]], counts: dict[str, Any]) -> None:
-        """Let readers have a window before the rest is made."""
+        """Let readers have a window before the rest is made; the first one says what the data set is made of."""
+        kept = ("format_version", "digest", "max_length")
         content = {
-            "format_version": self.identity["format_version"],
-            "digest": self.identity["digest"],
-            "max_length": self.identity["max_length"],
+            **(self.identity if number == 0 else {key: self.identity[key] for key in kept}),
             "pairs": are_pairs(counts, self.folder),
             "counts": counts,
             "shards": list(shards),

@@ -67,7 +67,7 @@ class GrowingShards(Shards):
         window = self._read(window_name(self._window_shards, self._windows))
         if window is None:
             return False
-        self.manifest, self._windows = window, self._windows + 1
+        self.manifest, self._windows = {**self.manifest, **window}, self._windows + 1
         self._add(window["shards"])
         return True
 
