@@ -149,11 +149,11 @@ class Control:
 
     def status(self) -> dict[str, Any]:
         """What is served, what waits, what was refused, and who is there."""
-        rollout, members = self.rollout, self.rollout.members()
+        rollout, members, delays = self.rollout, self.rollout.members(), self.rollout.delays()
         return {
             "models": [_row(model) for model in [rollout.base, *rollout.live.values()]],
             "pending": [
-                _row(model)
+                _row(model) | {"problem": delays.get(model.digest)}
                 for id, model in rollout.wanted.items()
                 if id in rollout.pending() and model.digest not in rollout.rejected
             ],

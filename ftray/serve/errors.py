@@ -10,6 +10,20 @@ from ftray.serve.replies import error_body
 from ftray.serve.stream import ClientGone
 
 
+class PassingError(FtrayError):
+    """Something here that may be well again the next time, said without its details."""
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether trying again may help: a network, a disk, an engine's step; not what a delta's files hold."""
+    if not isinstance(error, FtrayError):
+        return True
+    cause: BaseException | None = error
+    while cause and not isinstance(cause, OSError | PassingError):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
+
+
 def install(app: FastAPI) -> None:
     """Answer every exception of the handlers in OpenAI's shape."""
     app.add_exception_handler(RequestError, _on_request_error)

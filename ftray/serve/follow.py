@@ -64,15 +64,21 @@ class EngineFollower:
         if orders.stop:
             await asyncio.to_thread(self._loop.stop)
             return
-        before = (self._holder.loaded, dict(self._holder.failed))
+        before = (self._holder.loaded, self._holder.failed)
         await self._holder.follow(orders.hold)
         if (self._holder.loaded, self._holder.failed) != before:
             await self._report()  # at once, so that a switch need not wait for the next time
 
     async def _report(self) -> Orders:
-        held, failed = self._holder.loaded, dict(self._holder.failed)
         stats = await self._loop.stats()
-        report = Report(member=self.name, is_engine=True, loaded=held, failed=failed, stats=stats)
+        report = Report(
+            member=self.name,
+            is_engine=True,
+            loaded=self._holder.loaded,
+            failed=self._holder.failed,
+            delayed=self._holder.delayed,
+            stats=stats,
+        )
         return await self._control.sync(report)
 
 

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+ENGINE_FAILED = "the engine failed"
+"""Error of a request that was in a step which failed, for whatever reason."""
 _MAX_FAILURES = 3
 
 
@@ -168,7 +170,7 @@ class EngineLoop:
             names = list(self._streams)
             for name in names:
                 self._engine.cancel(name)
-            failure = {"text": "", "token_ids": [], "finish_reason": "error", "error": "the engine failed"}
+            failure = {"text": "", "token_ids": [], "finish_reason": "error", "error": ENGINE_FAILED}
             self._deliver([(name, Output(id=name, **failure)) for name in names])  # type: ignore[arg-type]
         else:
             self._failures = 0
@@ -183,7 +185,7 @@ class EngineLoop:
             self._deliver([(request.id, error)])
         except Exception as error:
             logger.error("request not taken: %s", described(error))
-            self._deliver([(request.id, RuntimeError("the engine failed"))])
+            self._deliver([(request.id, RuntimeError(ENGINE_FAILED))])
 
     def _deliver(self, items: list[tuple[str, Any]]) -> None:
         """One call per event loop, however many requests gained something."""

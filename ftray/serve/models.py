@@ -8,6 +8,7 @@ from ftray.core.errors import ConfigError, DeltaError, FtrayError
 from ftray.registry.ref import parse_ref
 from ftray.registry.registry import Registry, Stamp
 from ftray.serve.backend import ServedModel
+from ftray.serve.errors import is_passing
 from ftray.serve.tenants import BASE, Access
 
 
@@ -54,6 +55,8 @@ class Follower:
                 self._check(self._registry.resolve(entry.ref).path)
                 self._checked[entry.ref] = None
             except FtrayError as error:
+                if is_passing(error):
+                    raise
                 self._checked[entry.ref] = str(error)
         if problem := self._checked[entry.ref]:
             raise DeltaError(f"deltas: {entry.ref}: {problem}")

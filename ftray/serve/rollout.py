@@ -24,6 +24,8 @@ class Report:
     """Digests an engine holds and has probed."""
     failed: Mapping[str, str] = field(default_factory=dict)
     """Digests an engine refuses, and why."""
+    delayed: Mapping[str, str] = field(default_factory=dict)
+    """Digests an engine will try again, and why it does not hold them yet."""
     stats: EngineStats | None = None
     """Load of an engine."""
     in_use: Sequence[ServedModel] = ()
@@ -88,6 +90,10 @@ class Rollout:
     def pending(self) -> frozenset[str]:
         """Ids whose wanted version is not live."""
         return frozenset(id for id, model in self.wanted.items() if self.live.get(id) != model)
+
+    def delays(self) -> dict[str, str]:
+        """Digests that some engine cannot hold for now, and why."""
+        return {digest: why for report in self.members() for digest, why in report.delayed.items()}
 
     def _switch(self) -> None:
         engines = [report for report in self.members() if report.is_engine]

@@ -1,6 +1,7 @@
 """The registry changes under a running endpoint: answers follow within seconds; only the digest tells."""
 
 import hashlib
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+
+from ftray.serve.hold import _Failure
 
 from .conftest import ASK, CHAT
 from .local import ADMIN, Local, Versions, local_endpoint
@@ -168,9 +171,9 @@ def test_a_replica_that_lacks_a_delta_leaves_its_requests_to_another(versions: V
         for lacking, other in (local.engines, local.engines[::-1]):
             holders = [engine._follower._holder for engine in (lacking, other)]
             holders[0].loaded -= {wanted}
-            holders[0].failed[wanted] = "the disk is broken"
+            holders[0]._failures[wanted] = _Failure("the disk is broken", True, 1.0, math.inf)
             assert all(local.ask("a@prod")[0] == "I am 1." for _ in range(4))
-            holders[0].failed.clear()
+            holders[0]._failures.clear()
             local.wait(lambda: wanted in holders[0].loaded)  # noqa: B023
 
 
