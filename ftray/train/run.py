@@ -242,7 +242,7 @@ class Run:
         return self.clock.progress(self.state)
 
     def finish(self) -> Result:
-        """Validate, commit the last checkpoint, save the delta and the picture."""
+        """Validate, commit the last checkpoint, save the delta and, of a whole run, the picture."""
         state, run_dir = self.state, self.io.run_dir
         metrics = {} if state.loss is None else {"loss": state.loss}
         metrics |= self.validate()
@@ -259,7 +259,8 @@ class Run:
                 delta = save_delta(
                     self.recipe, model, trained, run_dir, self.feed, metrics, state, self.engine.adapter
                 )
-                plot_run(run_dir)
+                if self.stop_at is None:  # a part of a longer run is drawn with the whole of it
+                    plot_run(run_dir)
             collections.deque(trained, maxlen=0)  # every rank takes part in gathering what rank 0 saves
         self.profiler.close()
         result = Result(
