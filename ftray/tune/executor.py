@@ -31,6 +31,9 @@ class Executor(Protocol):
     def run(self, job: Job, segments: Sequence[Segment]) -> list[Outcome]:
         """Train one piece of work."""
 
+    def release(self) -> None:
+        """Let go of what stays in the process from one piece of work to the next."""
+
 
 @spec
 class Trials:
@@ -47,6 +50,9 @@ class Trials:
     def run(self, job: Job, segments: Sequence[Segment]) -> list[Outcome]:
         """In the recipe's own way."""
         return run_segments(job, segments)
+
+    def release(self) -> None:
+        """Nothing stays."""
 
 
 @spec
@@ -96,6 +102,10 @@ class Populations:
     def run(self, job: Job, segments: Sequence[Segment]) -> list[Outcome]:
         """Together; the base stays in the process for the next segments."""
         return run_segments(job, segments, self._train)
+
+    def release(self) -> None:
+        """The base."""
+        _LIVE.clear()
 
     def _train(self, job: Job, tasks: Sequence[Task]) -> list[Any]:
         from ftray.train.io import LocalIO  # imports torch, which the driver of a search does not need

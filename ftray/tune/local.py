@@ -85,6 +85,7 @@ def run_local(config: TuneConfig, recipe: Recipe) -> TuneResult:
                 seconds += outcome.seconds
         result = summarise(engine.config, Path(job.folder), engine.journal.records, seconds)
     finally:
+        engine.config.executor.release()
         engine.close()
     write_result(result, result.folder)
     return result

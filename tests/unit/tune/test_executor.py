@@ -1,5 +1,7 @@
 """What a population cannot search is told before anything is trained."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 
 from ftray.core.errors import ConfigError
 from ftray.testing.tiny import ARCHITECTURES
+from ftray.train.population import Population
 from ftray.tune.local import run_local
 from tests.recipes import MakeRecipe
 from tests.unit.tune.test_populations import search
@@ -44,6 +47,26 @@ def test_no_value_of_a_space_may_part_the_members(
         run_local(search(tmp_path, recipe, "refused", space=choices, executor=executor), recipe)
     assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
     assert not (tmp_path / "refused" / "journal.jsonl").exists()
+
+
+def test_the_base_is_let_go_of_with_the_search(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built once for all segments, and nothing of it is left when the search returns."""
+    built = []
+    keep = Population.__init__
+    monkeypatch.setattr(
+        Population, "__init__", lambda self, r: (built.append(weakref.ref(self)), keep(self, r))[1]
+    )
+    recipe = make_recipe(train__global_batch_size=2)
+    run_local(search(tmp_path, recipe, "s", num_members=2, num_segments=2, segment_steps=1), recipe)
+    gc.collect()
+    assert len(built) == 1 and built[0]() is None
+    segments = list((tmp_path / "s" / "segments").iterdir())
+    assert len(segments) == 4
+    assert not [folder for folder in segments if (folder / "loss.png").exists()], (
+        "the report draws the curves"
+    )
 
 
 def test_a_seed_that_makes_the_base_is_no_member_s_own(
