@@ -10,10 +10,12 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ray import tune
@@ -27,6 +29,7 @@ from ftray.core.errors import RunStopped, TuneError
 from ftray.core.spec import parse
 from ftray.core.types import Progress, no_progress
 from ftray.data.ray_prepare import prepare
+from ftray.train.stop import SIGNALS
 from ftray.tune.engine import Engine, OnRecord, Segment
 from ftray.tune.local import open_search, take
 from ftray.tune.members import JOURNAL
@@ -39,6 +42,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Tune's own snapshots are not read; the warning that they are frequent says nothing here.
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
@@ -130,23 +134,16 @@ def _fit(engine: Engine, job: Job) -> None:
         ),
     )
     try:
-        tuner.fit()
-    except SystemExit:  # Ray's answer to a SIGTERM
-        raise _stopped(job, signal.SIGTERM) from None
+        with _heard(searcher):
+            tuner.fit()
     except Exception:
         # What the searcher latched is the cause of whatever Tune made of it.
         if searcher.error is None:
             raise
-    if isinstance(searcher.error, SystemExit):
-        raise _stopped(job, signal.SIGTERM) from None
     if searcher.error is not None:
         raise searcher.error
-    if not engine.done:  # Ray Tune has heard a SIGINT and ended in order
-        raise _stopped(job, signal.SIGINT)
-
-
-def _stopped(job: Job, signum: signal.Signals) -> RunStopped:
-    return RunStopped(f"{job.folder}: the search was stopped ({signum.name}); `--resume` goes on", signum)
+    if not engine.done:
+        raise TuneError(f"{job.folder}: the search was interrupted; go on with --resume")
 
 
 class SegmentSearcher(Searcher):
@@ -172,8 +169,6 @@ class SegmentSearcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """The next segments, None to be asked again later, or the end."""
         self.end_stall()
-        if self.error is not None:
-            raise self.error
         if self.engine.done:
             return self.FINISHED
         try:
@@ -210,9 +205,11 @@ class SegmentSearcher(Searcher):
             self.error = raised
 
     def end_stall(self) -> None:
-        """Raise `TuneError` if nothing has moved for too long."""
+        """Raise what must end the search, `TuneError` if nothing has moved for too long."""
+        if self.error is not None:
+            raise self.error
         message = self.watch.stalled(segment.name for group in self._groups.values() for segment in group)
-        if message is not None and self.error is None:
+        if message is not None:
             self.error = TuneError(message)
             raise self.error
 
@@ -239,7 +236,7 @@ class SegmentSearcher(Searcher):
 
 
 class EndStall(tune.Callback):
-    """Has the search ended when it stalls: Ray Tune goes through its callbacks also when nothing happens."""
+    """Ends a search that stalls or is asked to: Ray Tune goes through its callbacks also when nothing happens."""
 
     def __init__(self, searcher: SegmentSearcher) -> None:
         self._searcher = searcher
@@ -248,6 +245,28 @@ class EndStall(tune.Callback):
         """Look for signs of progress."""
         del iteration, trials, info
         self._searcher.end_stall()
+
+
+@contextlib.contextmanager
+def _heard(searcher: SegmentSearcher) -> Iterator[None]:
+    """Have a signal end the search at the searcher's next look: raised amid Ray's calls it would abort them."""
+
+    def keep(signum: int, frame: FrameType | None) -> None:
+        del frame
+        if searcher.error is not None:
+            raise KeyboardInterrupt
+        told = f"{searcher.job.folder}: stopped ({signal.Signals(signum).name}); `--resume` goes on"
+        searcher.error = RunStopped(told, signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, keep) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
