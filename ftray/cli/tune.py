@@ -34,8 +34,13 @@ command = typer.Typer(
 
 @command.command()
 def search(
-    file: Annotated[Path, typer.Argument(help="YAML file of the search.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="`field=value` changes to it.")] = None,
+    file: Annotated[Path, typer.Argument(help="YAML file of the search; with --space its recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="`field=value` changes to the search.")
+    ] = None,
+    space: Annotated[
+        Path | None, typer.Option(help="YAML file of the search's fields (`space`, `policy`, ...).")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with a search that was stopped or killed.")] = False,
     publish: Publish = "",
     registry: RegistryFolder = Path("registry"),
@@ -44,14 +49,13 @@ def search(
     from rich.console import Console
     from rich.live import Live
 
-    from ftray.config.load import load
-    from ftray.config.tune import TuneConfig
+    from ftray.config.search import load_search
     from ftray.tune.population import Population
     from ftray.tune.ray_trials import run
     from ftray.tune.table import table
 
     _check_name(publish)
-    config = load(TuneConfig, file, overrides or [])
+    config = load_search(file, space, overrides or [])
     console = Console()
     population = Population()
     with Live(console=console, refresh_per_second=4, transient=True) as live:
