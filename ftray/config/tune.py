@@ -57,6 +57,8 @@ class TuneConfig:
     """Segments that run at once."""
     cpus_per_trial: float = Field(default=1.0, gt=0)
     """CPUs one segment takes."""
+    gpus_per_trial: float = Field(default=0.0, ge=0)
+    """GPUs one segment takes, or a population; with `spread` the workers of its group claim theirs instead."""
     spread: bool = False
     """Train each segment as the recipe's `strategy` says, in a Ray Train group of its own (about 20 s to start), if
     that is more than one worker. Otherwise one worker trains it, which changes its result by rounding only."""

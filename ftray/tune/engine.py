@@ -24,7 +24,15 @@ from ftray.tune.policy import Boundary, Search
 from ftray.tune.population import Member, Population
 from ftray.tune.space import Space
 
-NOT_IDENTITY = ("name", "output_dir", "recipe", "max_concurrent", "cpus_per_trial", "stall_s")
+NOT_IDENTITY = (
+    "name",
+    "output_dir",
+    "recipe",
+    "max_concurrent",
+    "cpus_per_trial",
+    "gpus_per_trial",
+    "stall_s",
+)
 """Settings that may change between a search and its resumption."""
 
 OnRecord = Callable[[Record], None]

@@ -115,10 +115,8 @@ def _fit(engine: Engine, job: Job) -> None:
         segment = trial.config["segments"][0]
         return f"{segment['name']}-{segment['epoch']}-{segment['attempt']}"
 
-    in_process = parse(Recipe, job.recipe).strategy.in_process
     tuner = tune.Tuner(
-        # A segment that is a worker group waits while its workers, who claim their own CPUs, train.
-        tune.with_resources(trial, {"cpu": config.cpus_per_trial if in_process else _WAITING_CPUS}),
+        tune.with_resources(trial, resources(config, parse(Recipe, job.recipe))),
         tune_config=tune.TuneConfig(
             search_alg=ConcurrencyLimiter(searcher, max_concurrent=config.max_concurrent),
             num_samples=_ENDLESS,
@@ -144,6 +142,13 @@ def _fit(engine: Engine, job: Job) -> None:
         raise searcher.error
     if not engine.done:
         raise TuneError(f"{job.folder}: the search was interrupted; go on with --resume")
+
+
+def resources(config: TuneConfig, recipe: Recipe) -> dict[str, float]:
+    """What a trial claims. One that is a worker group only waits while its workers, who claim their own, train."""
+    if not recipe.strategy.in_process:
+        return {"cpu": _WAITING_CPUS, "gpu": 0.0}
+    return {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
 
 
 class SegmentSearcher(Searcher):

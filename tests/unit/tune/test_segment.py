@@ -17,7 +17,7 @@ from ftray.train.track.jsonl import read_records
 from ftray.tune.as_searched import in_steps, segment_recipe
 from ftray.tune.engine import Segment
 from ftray.tune.segment import Job, load_function, read_result, run_segment
-from ftray.tune.space import Space
+from ftray.tune.space import Space, apply
 
 SEGMENT = Segment(
     name="m000-s000-abc",
@@ -213,3 +213,19 @@ def test_a_value_that_other_pieces_forbid_is_told_before_anything_runs(recipe):
     message = str(caught.value)
     assert message.startswith("space.optim: ") and "`muon`" in message and "`fsdp`" in message
     assert "\n" not in message
+
+
+def test_a_field_that_is_a_list_is_searched_whole(make_recipe, corpus):
+    """The weights of a mixture: what the recipe takes there, a choice may hold."""
+    sources = [str(corpus["train"]), str(corpus["validation"])]
+    recipe = make_recipe(data__train=sources)
+    plain = parse(Recipe, segment_recipe(search_of(8), recipe))
+    weights = [{sources[0]: 1.0, sources[1]: 1.0}, {sources[0]: 3.0, sources[1]: 1.0}]
+    space = Space({"data.mixture": {"choice": weights}})
+    space.check(plain)
+    mixed = apply(plain, {"data.mixture": weights[1]})
+    assert [entry.weight for entry in mixed.data.mixture] == [3.0, 1.0]
+    assert space.mutable == [], "another mixture is another run"
+    for path in ("data.mixture.weights", "data.mixture.0"):
+        with pytest.raises(ConfigError, match="no such field"):
+            Space({path: {"uniform": [0.1, 0.9]}}).check(plain)

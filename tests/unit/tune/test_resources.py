@@ -1,0 +1,28 @@
+"""What a trial claims of the cluster."""
+
+import pytest
+
+from ftray.config.recipe import Recipe
+from ftray.config.tune import TuneConfig
+from ftray.core.errors import ConfigError
+from ftray.core.spec import parse
+from ftray.tune.as_searched import segment_recipe
+from ftray.tune.ray_trials import resources
+from tests.recipes import MakeRecipe
+
+
+def test_a_segment_claims_what_the_search_says_and_a_group_leaves_it_to_its_workers(
+    make_recipe: MakeRecipe,
+) -> None:
+    recipe = make_recipe(strategy={"type": "ddp", "num_workers": 2})
+    settings = {"name": "s", "recipe": "r", "space": {"optim.learning_rate": {"uniform": [0, 1]}}}
+
+    def claimed(**changes: float | bool) -> dict[str, float]:
+        config = parse(TuneConfig, settings | changes)
+        return resources(config, parse(Recipe, segment_recipe(config, recipe)))
+
+    assert claimed() == {"cpu": 1.0, "gpu": 0.0}
+    assert claimed(gpus_per_trial=0.5, cpus_per_trial=2.0) == {"cpu": 2.0, "gpu": 0.5}
+    assert claimed(gpus_per_trial=1.0, spread=True) == {"cpu": 0.01, "gpu": 0.0}
+    with pytest.raises(ConfigError, match="gpus_per_trial"):
+        claimed(gpus_per_trial=-1.0)
