@@ -9,6 +9,20 @@ from pydantic_core import PydanticCustomError
 STRICT = ConfigDict(extra="forbid", strict=True)
 """No unknown fields, no conversions."""
 
+MAX_DEPTH = 64
+"""Most objects and lists inside each other; templates and serialisers call themselves for each."""
+
+
+def is_too_deep(value: dict[str, Any]) -> bool:
+    """Whether an object is nested deeper than `MAX_DEPTH`."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        parts = (part for item in level for part in (item.values() if isinstance(item, dict) else item))
+        level = [part for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
+
 
 class TextPart(BaseModel):
     """A piece of a message's content."""
@@ -35,8 +49,10 @@ class FunctionCall(BaseModel):
             parsed = json.loads(self.arguments)
         except (ValueError, RecursionError):
             parsed = None
-        if not isinstance(parsed, dict):
-            raise PydanticCustomError("arguments", "arguments: not a JSON object in a string; send one")
+        if not isinstance(parsed, dict) or is_too_deep(parsed):
+            raise PydanticCustomError(
+                "arguments", "arguments: not a JSON object in a string, or nested too deeply"
+            )
         return self
 
 

@@ -118,7 +118,7 @@ def _render(
         ids = tokenizer.apply_chat_template(
             messages, tools=tools or None, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-    except (TemplateError, BadRow) as error:
+    except (TemplateError, BadRow, RecursionError) as error:
         # Templates refuse in their own words, for example that roles must alternate.
         reason = str(error).encode("utf-8", "replace").decode()[:200]
         raise RequestError(f"messages: the chat template refuses them: {reason}", param="messages") from None

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from ftray.core.errors import RequestError
 from ftray.engine.request import MAX_LOGPROBS, Sampling
-from ftray.serve.messages import STRICT, Message, Tool
+from ftray.serve.messages import MAX_DEPTH, STRICT, Message, Tool, is_too_deep
 
 MAX_CHOICES = 128
 """Most answers in one response: prompts times `n`."""
@@ -174,6 +174,9 @@ def parse(body: bytes, cls: type[Body]) -> Body:
         raise RequestError("the body is not JSON; send an object", code="invalid_json") from None
     if not isinstance(data, dict):
         raise RequestError("the body is not a JSON object; send an object", code="invalid_json")
+    if is_too_deep(data):
+        message = f"the body is nested more than {MAX_DEPTH} deep; send a flatter one"
+        raise RequestError(message, code="invalid_json")
     if "\\ud" in text.lower():
         _refuse_half_characters(data)
     for field in data.keys() - cls.model_fields.keys():

@@ -74,6 +74,7 @@ def serving(
     max_answers: int = 32,
     timeout_s: float = 20.0,
     engine: Any = None,
+    tokenizer: Any = None,
     metrics_key_sha256: str | None = None,
     usage_folder: str | None = None,
     models: list[ServedModel] = MODELS,
@@ -89,7 +90,7 @@ def serving(
     front = Front(View(models=models, tenants=tenants or []), metrics_key_sha256=metrics_key_sha256)
     quotas = Quotas()
     quotas.set_tenants(tenants or [])
-    prompts = Prompts(engine.tokenizer)
+    prompts = Prompts(tokenizer or engine.tokenizer)
     usage = UsageLog(usage_folder, "front")
     app = create_app(front, prompts, loop, Gate(quotas, "front"), usage, request_timeout_s=timeout_s)
     with socket.socket() as listener:

@@ -1,6 +1,8 @@
 """What a hostile client tries: names, routes, headers, templates, generated requests of every shape."""
 
 import asyncio
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,66 @@ def test_a_bases_template_runs_in_a_sandbox(tiny_base: Path, template: str) -> N
     body = ChatBody(model="base", messages=[Message(role="user", content="x")])
     with pytest.raises(RequestError):
         asyncio.run(Prompts(tokenizer).chat(body, 4096))
+
+
+@pytest.fixture(scope="module")
+def real(serve: Serve, tiny_base: Path) -> Iterator[Server]:
+    """An endpoint over a base's own tokenizer and chat template, which writes tools as JSON."""
+    tokenizer = load_tokenizer(tiny_base)
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + str(
+        tokenizer.chat_template
+    )
+    with serve(tokenizer=tokenizer) as server:
+        yield server
+
+
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": [value]}
+    return value
+
+
+def with_tool(parameters: Any) -> dict[str, Any]:
+    return chat_body(tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+
+
+def with_call(arguments: Any) -> dict[str, Any]:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": json.dumps(arguments)}}
+    turns = [
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "x"},
+    ]
+    return chat_body(messages=[{"role": "user", "content": "x"}, *turns])
+
+
+@pytest.mark.parametrize("depth", [25, 40, 300, 450])
+@pytest.mark.parametrize("body", [with_tool, with_call])
+def test_what_is_nested_deeply_is_refused(real: Server, body: Any, depth: int) -> None:
+    response = real.post(CHAT, json=body(nested(depth)))
+    assert response.status_code == (200 if depth == 25 else 400)
+    if depth > 25:
+        assert "nested" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"properties": []},
+        {"properties": {"x": 1}},
+        {"type": "\x00"},
+        {"required": 1},
+        {"": {}},
+        {"a": 1e308},
+    ],
+)
+def test_odd_tools_reach_a_real_template(real: Server, parameters: Any) -> None:
+    assert real.post(CHAT, json=with_tool(parameters)).status_code in (200, 400)
+
+
+def test_generated_requests_to_a_real_template_give_no_5xx(real: Server) -> None:
+    check_none_is_ours(campaign(real, 4, CHAT))
 
 
 def campaign(server: Server, max_examples: int, path: str = "/") -> list[tuple[int, str]]:
