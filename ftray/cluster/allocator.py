@@ -25,6 +25,7 @@ def environment() -> dict[str, str]:
     if (
         os.environ.get(SWITCH) == "system"
         or os.environ.get("LD_PRELOAD")
+        or os.environ.get("MALLOC_CONF")
         or not sys.platform.startswith("linux")
     ):
         return {}

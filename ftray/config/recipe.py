@@ -222,6 +222,10 @@ class Recipe:
             if self.trainer is not None and getattr(self, field) is not None:
                 name = catalog.name_of(type(self.trainer)) or type(self.trainer).__name__
                 raise ConfigError(f"{field}: `{name}` brings one of its own along; remove it")
+        if self.trainer is not None and self.train.max_steps is None and self.train.num_train_epochs is None:
+            raise ConfigError(
+                "train.max_steps: missing; a `trainer` heeds `max_steps` and `num_train_epochs` only"
+            )
         if self.data.stream and self.train.num_train_epochs is not None:
             raise ConfigError(
                 "train.num_train_epochs: with `data.stream` the number of rows is not known; set `max_steps`"

@@ -144,10 +144,19 @@ def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 def _gated(self: Any, x: torch.Tensor) -> torch.Tensor:
     gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
     # The layer behind is called as a module: strategies that share out weights gather them then.
-    y: torch.Tensor = down(gate, up) if type(down) is nn.Linear else down(SwiGLU.apply(gate, up))
+    joined = getattr(down.forward, "__func__", None) is _behind_gate and not _looks_at_input(down)
+    y: torch.Tensor = down(gate, up) if joined else down(SwiGLU.apply(gate, up))
     return y
 
 
-def _behind_gate(self: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def _looks_at_input(module: nn.Module) -> bool:
+    """Whether somebody else's hook wants what the layer takes; DeepSpeed's look at weights only."""
+    hooks = module._forward_pre_hooks.values()
+    return any(not getattr(hook, "__module__", "").startswith("deepspeed") for hook in hooks)
+
+
+def _behind_gate(self: Any, gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+    if up is None:  # called as the linear layer it is
+        return nn.functional.linear(gate, self.weight, self.bias)
     y: torch.Tensor = GatedLinear.apply(gate, up, self.weight, self.bias, linear.computing_dtype(gate))
     return y

@@ -74,6 +74,8 @@ def run_group(
     }
     strategy = recipe.strategy
     least, most = bounds(strategy.num_workers)
+    # Once for the whole run: a group that has lost a node waits for GPUs again and does not go on without.
+    resources = resources_of(least, cpus_per_worker)
     stop = Stop(run_dir)
     begun = -1
     try:
@@ -81,7 +83,7 @@ def run_group(
             while True:
                 for name in (MISTAKE, STOPPED):
                     (run_dir / name).unlink(missing_ok=True)
-                _fit(_trainer(recipe, run_dir, cpus_per_worker, config), run_dir, stop)
+                _fit(_trainer(recipe, run_dir, resources, config), run_dir, stop)
                 if not (run_dir / STOPPED).exists():
                     return _result(run_dir)
                 stopped = read_json(run_dir / STOPPED)
@@ -90,7 +92,11 @@ def run_group(
                     reason = stop.reason or stopped["reason"]
                     raise RunStopped(stopped_after(recipe.name, stopped["step"], reason), stop.signum)
                 begun = stopped["step"]
-                wait_for_room(least, resources_of(least, cpus_per_worker), strategy.wait_for_room_s)
+                wait_for_room(
+                    least, resources, strategy.wait_for_room_s, until=lambda: stop.reason is not None
+                )
+                if stop.reason:
+                    raise RunStopped(stopped_after(recipe.name, begun, stop.reason), stop.signum)
     finally:
         stop.close()
         (run_dir / STOP).unlink(missing_ok=True)
@@ -117,7 +123,7 @@ def resources_of(least: int, cpus_per_worker: float) -> dict[str, float]:
     return {"CPU": cpus_per_worker} | ({"GPU": 1.0} if has_gpus else {})
 
 
-def _trainer(recipe: Recipe, run_dir: Path, cpus_per_worker: float, config: dict[str, Any]) -> Any:
+def _trainer(recipe: Recipe, run_dir: Path, resources: dict[str, float], config: dict[str, Any]) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -125,7 +131,6 @@ def _trainer(recipe: Recipe, run_dir: Path, cpus_per_worker: float, config: dict
 
     strategy, settings = recipe.strategy, recipe.train
     least, most = bounds(strategy.num_workers)
-    resources = resources_of(least, cpus_per_worker)
     # A rank that waits for one that hangs is found by its own guard; this is for runs that have none.
     timeout_s = 1800 if settings.watchdog_s is None else settings.watchdog_slow_s + _COLLECTIVE_MARGIN_S
     scaling: dict[str, Any] = {

@@ -47,7 +47,7 @@ class Result:
     step: int
     """Optimiser steps done."""
     tokens: int
-    """Tokens seen over all ranks."""
+    """Tokens trained on, over all ranks."""
     bf16: bool
     """Computed in bfloat16."""
     rows: dict[str, Any]
@@ -233,9 +233,8 @@ class Run:
             newest, strategy, engine.parameters, engine.optimizers, same_run=True, accept_changed_data=True
         )
         position = self.feed.order.position(state.step + 1)
-        self.state = dataclasses.replace(
-            then, position=position, tokens=state.tokens, rollbacks=state.rollbacks + 1
-        )
+        # Tokens of updates that were undone are not trained on.
+        self.state = dataclasses.replace(then, position=position, rollbacks=state.rollbacks + 1)
         self.feed.go_on(then.step, position)
         if strategy.dp_rank == 0:
             self.io.open(self.recipe, then.step)

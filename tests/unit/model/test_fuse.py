@@ -75,3 +75,16 @@ def test_the_layer_behind_a_gated_unit_keeps_nothing(bias: bool, dtype: torch.dt
     for one, two in zip((y, *found), (plain, *expected), strict=True):
         assert one.dtype == two.dtype
         torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_the_layer_behind_a_gated_unit_is_still_a_linear_layer(tmp_path: Path) -> None:
+    model = load_model(tiny_base(tmp_path, "llama"))
+    plain = model(IDS).logits
+    fuse(model)
+    down = model.model.layers[0].mlp.down_proj
+    x = torch.randn(3, down.in_features)
+    assert torch.equal(down(x), torch.nn.functional.linear(x, down.weight))
+    seen = []
+    down.register_forward_pre_hook(lambda _, inputs: seen.append([tuple(one.shape) for one in inputs]))
+    torch.testing.assert_close(model(IDS).logits, plain, rtol=1e-5, atol=1e-5)
+    assert seen == [[(1, 40, down.in_features)]], "a hook sees the layer's one input"

@@ -195,3 +195,9 @@ def test_what_knows_our_loop_only_says_so(make_opaque: Any) -> None:
             function(recipe)
     with pytest.raises(ConfigError, match="trainer: a search knows our own loop only"):
         train(recipe, LocalIO(Path(recipe.output_dir)), stop_at=3)
+
+
+@pytest.mark.parametrize("limit", ["max_tokens", "max_time_s"])
+def test_a_limit_that_other_trainers_do_not_heed_is_refused(make_opaque: Any, limit: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.max_steps: missing; a `trainer` heeds"):
+        make_opaque(FINE_TUNE, train={limit: 100})

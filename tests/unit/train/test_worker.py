@@ -256,3 +256,17 @@ def test_metrics_survive_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
     assert [record["step"] for record in read_records(path)] == [1]
+
+
+def test_tokens_bound_the_run(make_recipe: MakeRecipe) -> None:
+    limits = {"train__max_steps": None, "train__num_train_epochs": None, "train__max_tokens": 1500}
+    result = run(make_recipe(**limits, lr_scheduler="linear"))
+    records = [r for r in read_records(result.run_dir / "metrics.jsonl") if "tokens" in r]
+    assert records[-1]["tokens"] == result.tokens >= 1500 > records[-2]["tokens"]
+    rates = [record["learning_rate"] for record in records]
+    assert rates == sorted(rates, reverse=True)
+    half = make_recipe(**limits, lr_scheduler="linear", name="half")
+    assert 700 <= run(half, stop_at=700).tokens < 1500
+    again = run(half)
+    assert (again.step, again.tokens) == (result.step, result.tokens)
+    assert again.metrics["loss"] == result.metrics["loss"]
