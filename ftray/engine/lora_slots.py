@@ -146,14 +146,16 @@ class SlotFactors:
         if slots > len(a):
             slots = 2 * slots
         columns = -(-max(columns, a.shape[2]) // _LANES) * _LANES
-        self._a_SIC = a.new_zeros(max(slots, len(a)), self.in_features, columns)
-        self._b_SE = b.new_zeros(max(slots, len(b)), max(size, b.shape[1]))
+        # Either may find no memory, and what others have in the slots must then be as it was.
+        wide_a = a.new_zeros(max(slots, len(a)), self.in_features, columns)
+        wide_b = b.new_zeros(max(slots, len(b)), max(size, b.shape[1]))
         for slot, ranks in enumerate(self._ranks):
             if any(ranks):
-                self._a_SIC[slot, :, : a.shape[2]] = a[slot]
-                self._b_SE[slot, : b.shape[1]] = b[slot]
-        self._ranks += [[0] * len(self.widths) for _ in range(len(self._a_SIC) - len(a))]
-        self._ranks_table = torch.tensor(self._ranks, dtype=torch.int64)
+                wide_a[slot, :, : a.shape[2]] = a[slot]
+                wide_b[slot, : b.shape[1]] = b[slot]
+        ranks_of = self._ranks + [[0] * len(self.widths) for _ in range(len(wide_a) - len(a))]
+        table = torch.tensor(ranks_of, dtype=torch.int64)
+        self._a_SIC, self._b_SE, self._ranks, self._ranks_table = wide_a, wide_b, ranks_of, table
 
     def _set_ranks(self, slot: int, ranks: list[int]) -> None:
         self._ranks[slot] = ranks

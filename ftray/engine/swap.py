@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ftray.core.errors import DeltaError
 from ftray.engine.linear import Fused, FusedPart, SlotLinear, StepRoute
 from ftray.engine.lora_slots import Pair, Prepared
 from ftray.engine.pointwise import GatedUnit, same, swap_norms, takes
@@ -35,9 +36,11 @@ class Swapped:
     Args:
         model: a frozen model; its `nn.Linear` and `Conv1D` modules are replaced, their weights let go.
         num_slots: low-rank deltas in place at once; more make room for themselves.
+        max_rank: greatest rank of one; every slot of a layer is as wide as its widest delta.
     """
 
-    def __init__(self, model: nn.Module, num_slots: int) -> None:
+    def __init__(self, model: nn.Module, num_slots: int, max_rank: int = 256) -> None:
+        self._max_rank = max_rank
         self.route = StepRoute()
         self.sites: dict[str, Site] = {}
         """Name of a linear layer -> where it is now."""
@@ -47,9 +50,18 @@ class Swapped:
         swap_norms(model)
 
     def prepare(self, factors: Mapping[str, Pair]) -> Placed:
-        """A delta's factors, by layers' names, as `put` takes them; may run beside a step."""
+        """A delta's factors, by layers' names, as `put` takes them; may run beside a step.
+
+        Raises:
+            DeltaError: if one has too great a rank.
+        """
         parts: dict[SlotLinear, dict[int, Pair]] = defaultdict(dict)
         for name, pair in factors.items():
+            if len(pair.a_RI) > self._max_rank:
+                raise DeltaError(
+                    f"`{name}` has rank {len(pair.a_RI)}, more than max_lora_rank: {self._max_rank}; truncate the"
+                    " delta (`ftray delta scale --factor 1 --rank`) or raise the setting"
+                )
             site = self.sites[name]
             parts[site.linear][site.part] = pair
         return [(linear, linear.slots.prepare(mine)) for linear, mine in parts.items()]

@@ -180,6 +180,8 @@ class TorchEngineConfig(ModelEngineConfig):
     """Tokens of one step, prompts and decoding together."""
     block_size: int = Field(default=16, ge=1)
     """Tokens in one block of the cache."""
+    max_lora_rank: int = Field(default=256, ge=1)
+    """Greatest rank of a delta's factors: every slot of a layer is as wide as the widest delta it met."""
     prefix_cache: bool = True
     """Keep keys and values of ended requests while there is room, for prompts of the same tenant and delta that
     begin alike."""
@@ -280,7 +282,7 @@ class TorchEngineConfig(ModelEngineConfig):
 
         def make_runner(model: Any, scheduler: Scheduler) -> TorchRunner:
             if swap:
-                base.swapped = Swapped(model, self.max_loras)
+                base.swapped = Swapped(model, self.max_loras, self.max_lora_rank)
             return self._runner(base, scheduler)
 
         return self_check(base.model, make_runner, max_positions(base.model.config))

@@ -1,6 +1,8 @@
 """Linear layers of the engine give what plain layers and PEFT's sums give, packed or not, native or not."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ftray.core.errors import DeltaError
 from ftray.engine import linear, lora_slots, native, pointwise, swap
 from ftray.engine.lora_slots import Pair, SlotFactors, Stretches
 
@@ -115,6 +118,42 @@ def test_a_slot_that_was_cleared_or_filled_again_answers_with_nothing_of_before(
     factors.put(0, factors.prepare({0: second}))
     factors.add(y, x, stretches)
     close(y, expected_sum(zero, x, {0: {0: second}}, [0, 64], stretches.rows))
+
+
+def test_room_that_is_not_to_be_had_leaves_the_slots_as_they_were(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(4)
+    factors = SlotFactors(32, [64], 1, torch.float32, torch.device("cpu"))
+    held = {0: {0: random_pair(4, 32, 64)}}
+    factors.put(0, factors.prepare(held[0]))
+    real = torch.Tensor.new_zeros
+    for good in (0, 1):  # allocations before the one that fails
+        left = iter([True] * good)
+
+        def scarce(
+            tensor: torch.Tensor, *size: int, left: Iterator[bool] = left, **options: Any
+        ) -> torch.Tensor:
+            if next(left, False):
+                return real(tensor, *size, **options)
+            raise torch.OutOfMemoryError("no room")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_zeros", scarce)
+            with pytest.raises(torch.OutOfMemoryError):
+                factors.put(1, factors.prepare({0: random_pair(40, 32, 64)}))
+        stretches = Stretches.of([(0, 0, 3), (1, 3, 5)])
+        assert stretches is not None
+        x, y = torch.randn(5, 32), torch.zeros(5, 64)
+        factors.add(y, x, stretches)
+        close(y, expected_sum(torch.zeros(5, 64), x, held, [0, 64], [(0, 0, 3)]))
+
+
+def test_a_rank_beyond_what_slots_may_hold_is_refused() -> None:
+    swapped = swap.Swapped(nn.Sequential(Block()).requires_grad_(False), 2, max_rank=8)
+    assert swapped.prepare({"0.q_proj": random_pair(8, 32, 32)})
+    with pytest.raises(DeltaError, match=r"`0\.q_proj` has rank 9, more than max_lora_rank: 8"):
+        swapped.prepare({"0.q_proj": random_pair(9, 32, 32)})
 
 
 class Block(nn.Module):
