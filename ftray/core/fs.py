@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -193,6 +194,25 @@ def verify_tree(folder: Path, digests: dict[str, str], error: type[FtrayError] =
         found = sha256_file(path) if digest.startswith("sha256:") else digest_file(path)
         if found != digest:
             raise error(f"{path}: its content is not what was committed; restore it or delete {folder}")
+
+
+def private_dir(path: Path) -> Path:
+    """A folder that is this user's alone, made when needed, its parents too.
+
+    Under a shared folder (`/tmp`) anybody may have made one of this name first, to be believed or to be written to.
+
+    Raises:
+        FtrayError: if it is a link, somebody else's or open to others.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise FtrayError(
+            f"{path}: not a folder of this user alone (mode 0700); remove it, or set TMPDIR elsewhere"
+        )
+    return path
 
 
 def lock_file(path: Path, wait_s: float) -> IO[bytes] | None:

@@ -1,13 +1,15 @@
 """Local copies of what lies in a remote registry, bounded in size, shared by the processes of a node."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
-from ftray.core.fs import digest_bytes
+from ftray.core.errors import FtrayError, RegistryError
+from ftray.core.fs import private_dir
 
 _IN_USE_S = 3600.0
 
@@ -21,12 +23,21 @@ class Copies:
     """
 
     def __init__(self, url: str, max_bytes: int = 20 << 30) -> None:
-        of_url = digest_bytes(url.encode()).removeprefix("xxh3:")
-        self.root = Path(tempfile.gettempdir()) / f"ftray-deltas-{os.getuid()}" / of_url
+        of_url = hashlib.sha256(url.encode()).hexdigest()[:32]
+        self._own = Path(tempfile.gettempdir()) / f"ftray-copies-{os.getuid()}"
+        self.root = self._own / of_url
         self.max_bytes = max_bytes
 
     def folder(self, name: str) -> Path:
-        """The folder of one version, made when needed; it counts as used now."""
+        """The folder of one version, made when needed; it counts as used now.
+
+        Raises:
+            RegistryError: if somebody else could have written there.
+        """
+        try:
+            private_dir(self._own)
+        except FtrayError as error:
+            raise RegistryError(str(error)) from None
         path = self.root / name
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.utime(path)

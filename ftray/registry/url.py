@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ftray.core.errors import RegistryError
-from ftray.core.fs import sha256_file, write_json
+from ftray.core.fs import read_json, sha256_file, write_json
 from ftray.data.store import remote_errors
 from ftray.delta import manifest
 from ftray.registry.copies import Copies
@@ -85,7 +85,7 @@ class UrlShelf:
         record = self._record(name, version)
         folder = self._copies.folder(f"{name}-{record['upload']}")
         place = f"{name}/uploads/{record['upload']}"
-        if not (folder / VERSION_FILE).is_file():
+        if not (folder / VERSION_FILE).is_file() or read_json(folder / VERSION_FILE) != record:
             write_json(folder / VERSION_FILE, record)
         path = folder / manifest.MANIFEST
         if not path.is_file() or sha256_file(path) != record["manifest"]:

@@ -1,8 +1,11 @@
 """A registry behind a URL: in memory, and in an S3 bucket over HTTP against moto's server on the loopback."""
 
+import json
 import multiprocessing
 import os
 import signal
+import stat
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -99,6 +102,33 @@ def test_publish_resolve_promote(registry: Registry, delta: Path) -> None:
     assert [entry.ref for entry in registry.list()] == ["tone@1", "tone@2"]
     with pytest.raises(RegistryError, match="did you mean tone"):
         registry.resolve("tonne")
+
+
+@pytest.mark.parametrize("fault", ["open", "link", "file"])
+def test_copies_where_others_could_write_are_refused(registry: Registry, delta: Path, fault: str) -> None:
+    registry.publish(delta, "tone")
+    (own,) = Path(tempfile.gettempdir()).glob("ftray-copies-*")
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    if fault == "open":
+        own.chmod(0o755)
+    else:
+        moved = own.rename(own.with_name("moved"))
+        if fault == "link":
+            own.symlink_to(moved)
+        else:
+            own.write_text("")
+    with pytest.raises(RegistryError, match="not a folder of this user alone") as caught:
+        registry.resolve("tone@1")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_beside_a_copy_is_not_believed(registry: Registry, delta: Path) -> None:
+    published = registry.publish(delta, "tone")
+    record = registry.resolve("tone@1").path / "ftray_version.json"
+    record.write_text(
+        json.dumps(json.loads(record.read_text()) | {"published_at": "1999-01-01T00:00:00+00:00"})
+    )
+    assert registry.resolve("tone@1").published_at == published.published_at
 
 
 def test_what_is_damaged_there_is_named_and_what_is_damaged_here_is_fetched(
