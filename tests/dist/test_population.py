@@ -1,5 +1,6 @@
 """A population on two ranks, replicated and sharded: each member is its run alone in one process."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,38 @@ from ftray.testing.ranks import on_ranks
 from ftray.train.io import LocalIO
 from ftray.train.population import Part, Population
 from ftray.train.run import Result
+from ftray.train.track.jsonl import read_records
 from tests.dist.grid import Runs, World, go
 
-WORLDS = [World("ddp", 2), World("fsdp", 2)]
+WORLDS = [
+    pytest.param(World("ddp", 2), id="ddp"),
+    pytest.param(World("fsdp", 2), id="fsdp", marks=pytest.mark.slow),
+]
+SGD = {"type": "torch", "optimizer": "SGD", "learning_rate": 0.5}
+"""Moves by the gradient's size, which Adam does not."""
 MEMBERS: list[dict[str, Any]] = [
-    {"adapt": {"type": "lora", "r": 4}, "train": {"max_grad_norm": 0.05}},
+    {"adapt": {"type": "lora", "r": 4}, "optim": SGD, "train": {"max_grad_norm": 0.05}},
     {"adapt": {"type": "lora", "r": 2}, "optim": {"type": "adamw", "learning_rate": 1e-3}},
     {"adapt": {"type": "lora", "r": 8}, "train": {"global_batch_size": 3, "per_device_train_batch_size": 1}},
     {"adapt": {"type": "lora", "r": 4, "lora_dropout": 0.3}},
 ]
 SECOND = 2
 """Step of the exploit: the first member takes over from the third."""
+
+
+@dataclasses.dataclass
+class Group:
+    """What came of a population on two ranks: folders of deltas."""
+
+    runs: Runs
+    world: World
+    first: list[Path]
+    second: list[Path]
+    from_files: list[Path]
+
+    def alone(self, number: int) -> Path:
+        """Of the same member in one process."""
+        return self.runs.dir(f"single1-alone{number}") / "delta"
 
 
 def members(runs: Runs, world: World, prefix: str) -> list[Recipe]:
@@ -37,17 +59,17 @@ def parts(runs: Runs, recipes: list[Recipe], donors: list[Path | None], **settin
 
 
 def population(runs: Runs, world: World) -> list[list[Path | None]]:
-    """Two generations; deltas of the second, and of who took over once more, from the donor's files."""
+    """Two generations: deltas of both, and of who took over once more, from the donor's files."""
     first, taken = members(runs, world, "first"), members(runs, world, "second")
     taken[0], again = (
         runs.recipe(f"{world}-{name}", world=world, **MEMBERS[2], seed=5) for name in ("taken", "again")
     )
     owner = Population(first[0])
-    owner.train(parts(runs, first, [None] * 4, stop_at=SECOND))
+    begun = owner.train(parts(runs, first, [None] * 4, stop_at=SECOND))
     paths = [runs.dir(recipe.name) / "checkpoints" / f"step-{SECOND:08d}" for recipe in first]
     in_memory = owner.train(parts(runs, taken, [paths[2], *paths[1:]]))
     from_files = Population(first[0]).train(parts(runs, [again], [paths[2]]))
-    return [[_delta(result) for result in results] for results in (in_memory, from_files)]
+    return [[_delta(result) for result in results] for results in (begun, in_memory, from_files)]
 
 
 def _delta(result: Any) -> Path | None:
@@ -55,21 +77,25 @@ def _delta(result: Any) -> Path | None:
     return result.delta
 
 
-def on_each_rank(runs: Runs) -> dict[str, list[list[Path | None]]]:
+def on_each_rank(runs: Runs, world: World) -> list[list[Path | None]]:
     """Body of each rank."""
-    found = {}
-    for world in WORLDS:
-        found[str(world)] = population(runs, world)
-        go(members(runs, world, "alone")[3:])
+    found = population(runs, world)
+    go(members(runs, world, "alone")[3:])
     return found
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs = Runs(tmp_path_factory.mktemp("population"))
-    go(members(runs, World("single", 1), "alone")[:3])
-    runs.told = on_ranks(2, on_each_rank, runs)
+    recipes = members(runs, World("single", 1), "alone")
+    go(recipes[:1], stop_at=SECOND)
+    go(recipes[1:3])
     return runs
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def group(request: pytest.FixtureRequest, alone: Runs) -> Group:
+    return Group(alone, request.param, *on_ranks(2, on_each_rank, alone, request.param)[0])
 
 
 def difference(one: Path, other: Path) -> float:
@@ -78,18 +104,23 @@ def difference(one: Path, other: Path) -> float:
     return max(float((tensor - theirs[name]).abs().max()) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("world", WORLDS, ids=str)
-def test_each_member_is_its_run_alone(runs: Runs, world: World) -> None:
+def test_each_member_is_its_run_alone(group: Group) -> None:
     """In one process; dropout, which differs from rank to rank, on as many."""
-    in_memory, _ = runs.told[0][str(world)]
     for number in (1, 2):
-        assert difference(in_memory[number], runs.dir(f"single1-alone{number}") / "delta") < 1e-4
-    assert difference(in_memory[3], runs.dir(f"{world}-alone3") / "delta") < 1e-5
+        assert difference(group.second[number], group.alone(number)) < 1e-4
+    solo = group.runs.dir(f"{group.world}-alone3") / "delta"
+    assert difference(group.second[3], solo) < 1e-5
 
 
-@pytest.mark.parametrize("world", WORLDS, ids=str)
-def test_an_exploit_in_memory_is_one_from_files(runs: Runs, world: World) -> None:
+def test_each_member_s_gradient_is_clipped_by_its_own_norm(group: Group) -> None:
+    """That of the first member alone, over all ranks: it is above its limit in every step."""
+    assert difference(group.first[0], group.alone(0)) < 1e-4
+    records = read_records(group.first[0].parent / "metrics.jsonl")
+    norms = [record["grad_norm"] for record in records if "grad_norm" in record]
+    assert len(norms) == SECOND and min(norms) > 2 * MEMBERS[0]["train"]["max_grad_norm"]
+
+
+def test_an_exploit_in_memory_is_one_from_files(group: Group) -> None:
     """On every rank: replicas that differed would give other weights after the next step."""
-    in_memory, from_files = runs.told[0][str(world)]
-    assert difference(in_memory[0], from_files[0]) < 1e-6
-    assert difference(in_memory[0], in_memory[2]) > 1e-4  # another seed: other rows
+    assert difference(group.second[0], group.from_files[0]) < 1e-6
+    assert difference(group.second[0], group.second[2]) > 1e-4  # another seed: other rows
