@@ -65,7 +65,7 @@ def create_admin_app(control: Control, token_sha256: str) -> ASGIApp:
     app = FastAPI(
         title="ftray admin", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
-    errors.install(app)
+    errors.install(app, spelled=True)
     for method, path, handler in (
         ("GET", "/admin/status", admin.status),
         ("POST", "/admin/load", admin.load),

@@ -15,6 +15,11 @@ from ftray.serve.replies import Reply, error_body
 
 logger = logging.getLogger(__name__)
 
+_FAILED = {
+    "generation_failed": "the engine failed; try again",
+    "model_unusable": "cannot be used at the moment",
+}
+
 Outputs = AsyncGenerator[tuple[int, Output], None]
 """Outputs, each with the number of the prompt it belongs to."""
 
@@ -144,11 +149,22 @@ class Answers:
         self.status = error.status
         return stream.error_event(error_body(error))
 
-    def _feed(self, number: int, output: Output, *, keep: bool) -> tuple[Choice, Piece]:
+    def _check(self, output: Output) -> None:
+        """Refuse what failed, and what another delta answered than the one that is named."""
+        model = self.reply.model
         if output.finish_reason == "error":
-            # A delta that cannot be loaded is the request's misfortune, everything else ours.
+            # Its words are of this machine's folders, and no tenant's business.
+            logger.error("%s: %s", model.ref, output.error)
             code = "generation_failed" if output.status >= 500 else "model_unusable"
-            raise RequestError(output.error or "the engine failed", status=output.status, code=code)
+            raise RequestError(f"{model.id}: {_FAILED[code]}", status=output.status, code=code)
+        if output.digest != model.digest:
+            logger.error(
+                "%s is %s, but %s answered", model.ref, model.digest, output.digest or "nobody knows what"
+            )
+            raise RequestError(f"{model.id}: not what answered", status=500, code="wrong_model")
+
+    def _feed(self, number: int, output: Output, *, keep: bool) -> tuple[Choice, Piece]:
+        self._check(output)
         if output.prompt_logprobs is not None:
             self._prompt_logprobs[number] = output.prompt_logprobs
         usage = self.reply.usage

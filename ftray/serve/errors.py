@@ -24,10 +24,16 @@ def is_passing(error: BaseException) -> bool:
     return cause is not None
 
 
-def install(app: FastAPI) -> None:
-    """Answer every exception of the handlers in OpenAI's shape."""
+def install(app: FastAPI, *, spelled: bool = False) -> None:
+    """Answer every exception of the handlers in OpenAI's shape.
+
+    Args:
+        app: the application.
+        spelled: whether its clients read the words of every `FtrayError`, which may name files of this machine.
+    """
     app.add_exception_handler(RequestError, _on_request_error)
-    app.add_exception_handler(FtrayError, _on_mistake)
+    if spelled:
+        app.add_exception_handler(FtrayError, _on_mistake)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientGone, _on_client_gone)
     app.add_exception_handler(Unavailable, _on_unavailable)

@@ -1,11 +1,13 @@
 """An HTTP endpoint in this process, on a real socket, over an engine without a model."""
 
 import contextlib
+import dataclasses
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +16,7 @@ import pytest
 import uvicorn
 
 from ftray.config.serve import TenantConfig
-from ftray.engine.fake import FakeEngineConfig
+from ftray.engine.fake import FakeDelta, FakeEngineConfig
 from ftray.serve.backend import ServedModel
 from ftray.serve.front import Front, View
 from ftray.serve.http import create_app
@@ -68,6 +70,16 @@ class Server:
 Serve = Callable[..., contextlib.AbstractContextManager[Server]]
 
 
+def knows_digests(engine: Any, models: list[ServedModel]) -> None:
+    """Give what an engine without files reads the digests that are served, beside the names it spells."""
+    names = {model.digest: model.name for model in models}
+    digests = {name: digest for digest, name in names.items()}
+    runner, base = engine._runner, next(model for model in models if model.is_base)
+    engine.info = dataclasses.replace(engine.info, base_digest=base.digest)
+    runner.read = lambda folder: FakeDelta(digests[Path(folder).name])
+    runner.load = lambda key, delta: runner._names.update({key: names[delta.digest]})
+
+
 @contextlib.contextmanager
 def serving(
     tenants: list[TenantConfig] | None = None,
@@ -83,6 +95,7 @@ def serving(
     """Start an endpoint for the length of a block."""
     config = FakeEngineConfig(**settings)
     engine = engine or config.build("tiny")
+    knows_digests(engine, models)
     for model in models:
         if model.delta:
             engine.load_delta(model.delta, f"/deltas/{model.name}")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import shutil
 import socket
 import threading
@@ -20,7 +21,7 @@ from ftray.config.serve import ServeConfig
 from ftray.core.spec import spec
 from ftray.delta import manifest
 from ftray.engine.core import StepEngine
-from ftray.engine.fake import FakeEngineConfig
+from ftray.engine.fake import FakeDelta, FakeEngineConfig
 from ftray.registry.registry import Registry
 from ftray.serve.admin import AdminServer, create_admin_app
 from ftray.serve.affinity import preferred
@@ -52,12 +53,17 @@ class PoisonedEngineConfig(FakeEngineConfig):
         """The engine."""
         engine = super().build(base)
         runner: Any = engine._runner
-        read, forward = runner.read, runner.forward
+        forward = runner.forward
+        names: dict[str, str] = {}
 
         def reading(folder: str) -> Any:
-            delta = read(folder)
-            poisoned = "nan" in (Path(folder) / "README.md").read_text()
-            return type(delta)(f"{'nan-' if poisoned else ''}{int(delta.digest)}")
+            _, number, *note = (Path(folder) / "README.md").read_text().split()
+            found = FakeDelta(manifest.read(folder, verify=False).digest)
+            names[found.digest] = f"nan-{number}" if note else number
+            return found
+
+        def loading(key: str, delta: FakeDelta) -> None:
+            runner._names[key] = names[delta.digest]
 
         def stepping(rows: Any, keys: Any, keep: Any) -> torch.Tensor:
             logits = forward(rows, keys, keep)
@@ -67,7 +73,8 @@ class PoisonedEngineConfig(FakeEngineConfig):
                     logits[at] = float("nan")
             return logits
 
-        runner.read, runner.forward = reading, stepping
+        runner.read, runner.load, runner.forward = reading, loading, stepping
+        engine.info = dataclasses.replace(engine.info, base_digest=BASE.digest)
         return engine
 
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ftray.core.errors import DeltaError
 from ftray.engine.api import Output, Request
 from ftray.engine.fake import FakeEngineConfig
 from ftray.serve.backend import Unavailable
@@ -290,3 +291,42 @@ def test_health_is_quick_while_the_engine_works(serve: Serve) -> None:
         assert httpx.get(server.url + "/healthz").status_code == 200
         assert time.monotonic() - start < 0.5
         thread.join()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("answered", ["xxh3:bbbb", ""])
+def test_what_another_delta_answers_is_no_answer(serve: Serve, stream: bool, answered: str) -> None:
+    with serve() as server:
+        server.engine._slots.find("xxh3:aaaa").digest = answered
+        response = server.post(CHAT, json=chat_body(model="alpha", stream=stream))
+        assert '"wrong_model"' in response.text and "[DONE]" not in response.text
+        assert "Hello" not in response.text
+        assert response.status_code == (200 if stream else 500)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_no_reply_speaks_of_folders_here(
+    serve: Serve, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(folder: str) -> Any:
+        raise DeltaError("/srv/cache/alpha-1/adapter.safetensors: damaged")
+
+    with serve() as server:
+        server.engine.unload_delta("xxh3:aaaa")
+        server.engine.register_delta("xxh3:aaaa", "/srv/cache/alpha-1")
+        server.engine._runner.read = broken
+        response = server.post(CHAT, json=chat_body(model="alpha", stream=stream))
+    assert "alpha" in response.text and "/srv" not in response.text and "damaged" not in response.text
+    assert "/srv/cache/alpha-1" in caplog.text
+
+
+def test_a_mistake_on_this_machine_is_ours_and_not_spelled(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise DeltaError("/srv/registry: not readable")
+
+    with serve() as server:
+        monkeypatch.setattr(server.front.access, "find", broken)
+        response = server.post(CHAT, json=chat_body())
+    assert (response.status_code, "/srv" in response.text) == (500, False)
