@@ -12,6 +12,7 @@ from ftray.delta import manifest
 from ftray.engine.api import EngineInfo
 from ftray.engine.gate import DeltaGate, folder_digest
 from ftray.engine.own import OwnReader, OwnWeights
+from ftray.engine.places import OwnWeightsError
 from ftray.engine.scheduler import Scheduler
 from ftray.model.positions import max_positions
 
@@ -86,8 +87,8 @@ class DeltaReader:
         head = model.get_output_embeddings()
         self._head = next((name for name, module in model.named_modules() if module is head), None)
 
-    def read(self, folder: str) -> LowRank | OwnWeights:
-        """A delta that belongs to the base. Raises `DeltaError`, one line."""
+    def read(self, folder: str) -> LowRank:
+        """A low-rank delta that belongs to the base; see `Places.read`."""
         path = Path(folder)
         delta = self._gate.check(path) if self._gate else None
         try:
@@ -95,6 +96,13 @@ class DeltaReader:
         except OtherKindError as error:
             if self._own is None:
                 raise DeltaError(f"{error}, or allow it weights of its own (`max_own_weights`)") from None
+            raise OwnWeightsError(str(error)) from None
+
+    def read_own(self, folder: str) -> OwnWeights:
+        """A delta of another kind that belongs to the base; see `Places.read_own`."""
+        assert self._own is not None
+        path = Path(folder)
+        delta = self._gate.check(path) if self._gate else None
         return self._own.read(path, delta, delta.digest if delta else folder_digest(path))
 
     def _low_rank(self, folder: Path, delta: manifest.Delta | None) -> LowRank:

@@ -21,13 +21,14 @@ from ftray.engine.api import (
     Source,
     TokenLogprob,
 )
+from ftray.engine.entry import Entry
 from ftray.engine.layout import Layout
 from ftray.engine.logprobs import token_logprobs
 from ftray.engine.places import Places
 from ftray.engine.prefix import chain_seed
 from ftray.engine.sampling import sample
 from ftray.engine.scheduler import Row, Scheduler, Sequence
-from ftray.engine.slots import Entry, Slots
+from ftray.engine.slots import Slots
 
 _PAUSE_S = 0.02
 """Longest sleep of a step that has nothing to compute because deltas are still being read."""

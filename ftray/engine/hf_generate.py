@@ -105,9 +105,13 @@ class HFRunner:
         """Drop the sequence's cache."""
         self._caches.pop(seq, None)
 
-    def read(self, folder: str) -> LowRank | OwnWeights:
+    def read(self, folder: str) -> LowRank:
         """See `Places.read`."""
         return self._reader.read(folder)
+
+    def read_own(self, folder: str) -> OwnWeights:
+        """See `Places.read_own`."""
+        return self._reader.read_own(folder)
 
     def load(self, key: str, delta: LowRank | OwnWeights) -> None:
         """See `Places.load`."""

@@ -2,6 +2,12 @@
 
 from typing import Any, Protocol
 
+from ftray.core.errors import DeltaError
+
+
+class OwnWeightsError(DeltaError):
+    """A delta that becomes a whole model in memory: `Places.read_own` reads it, where there is room."""
+
 
 class HostDelta(Protocol):
     """A delta in memory, checked and ready to be put in place."""
@@ -31,7 +37,16 @@ class Places(Protocol):
     """What deltas are read by and put into."""
 
     def read(self, folder: str) -> HostDelta:
-        """Read a delta; may run beside a step. Raises `DeltaError`."""
+        """Read a delta; may run beside a step.
+
+        Raises:
+            OwnWeightsError: if it has weights of its own; they are not read.
+            DeltaError: if it cannot be used.
+        """
+        ...
+
+    def read_own(self, folder: str) -> HostDelta:
+        """Read a delta with weights of its own; may run beside a step. Raises `DeltaError`."""
         ...
 
     def load(self, key: str, delta: Any) -> None:

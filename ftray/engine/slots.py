@@ -6,48 +6,18 @@ one that was used least recently and that nothing runs under; one in use is neve
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from ftray.core.errors import DeltaError, FtrayError
+from ftray.core.errors import DeltaError
 from ftray.engine.api import DeltaInfo, Source
-from ftray.engine.places import HostDelta, Places
+from ftray.engine.entry import Entry, fetch, said
+from ftray.engine.places import HostDelta, OwnWeightsError, Places
 
 _MAX_WRITES = 2
 """Deltas put in place between two steps; each costs those that run a little."""
 _READ_AHEAD = 4
 """Deltas read for those that wait, where fewer fit in place."""
-
-
-@dataclass(eq=False)
-class Entry:
-    """A delta that has, or had, a name. Sequences hold on to it, whatever becomes of the name."""
-
-    name: str
-    source: Source
-    digest: str = ""
-    kind: str = ""
-    mixed_batch: bool = True
-    size_bytes: int = 0
-    slot: int = 0
-    """Order in place; 0: it is not."""
-    host: HostDelta | None = None
-    """In memory."""
-    reading: "Future[HostDelta] | None" = None
-    error: FtrayError | None = None
-    """Why it could not be read."""
-    refs: int = 0
-    """Sequences that run under it."""
-    in_flight: int = 0
-    """Sequences that wait or run under it."""
-    leaving: bool = False
-    """Its place was promised to another: nothing more enters until it is there."""
-
-    @property
-    def key(self) -> str:
-        """What the runner knows it by. Keys are never used twice, so nothing an earlier holder left can answer."""
-        return f"slot{self.slot}"
 
 
 @dataclass
@@ -58,7 +28,7 @@ class Slots:
         places: reads and holds their tensors.
         max_slots: deltas that share a batch in place at once; 0: as many as come.
         max_host: such deltas kept in memory that are not in place.
-        max_own: deltas with weights of their own in place at once; no more are kept in memory.
+        max_own: deltas with weights of their own in place at once; one more at most is in memory, that waits.
     """
 
     places: Places
@@ -97,7 +67,11 @@ class Slots:
         if name in self._names and not replace:
             raise DeltaError(f"{name}: already loaded; unload it first or use another name")
         entry = Entry(name, folder)
-        self._take(entry, self.places.read(folder))
+        try:
+            host = self.places.read(folder)
+        except OwnWeightsError:
+            host = self.places.read_own(folder)
+        self._take(entry, host)
         if self._has_room(entry):
             self._place(entry)
         self._keep(entry)
@@ -154,9 +128,11 @@ class Slots:
             try:
                 self._take(entry, reading.result())
                 self._keep(entry)
+            except OwnWeightsError:
+                entry.mixed_batch = False  # read as a whole when those who wait ask again and there is room
             # Whatever a source raises (a network, a disk), those who wait must hear of it, and nobody else.
             except Exception as error:
-                entry.error = _said(entry, error)
+                entry.error = said(entry, error)
                 failed.append(entry)
             self._drop_if_unused(entry)
         return failed
@@ -202,7 +178,8 @@ class Slots:
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="ftray-deltas")
         entry.error = None
-        entry.reading = self._reader.submit(_fetch, self.places.read, entry.source)
+        read = self.places.read if entry.mixed_batch else self.places.read_own
+        entry.reading = self._reader.submit(fetch, read, entry.source)
         entry.reading.add_done_callback(lambda _: self._done.set())
         self._reading.add(entry)
 
@@ -245,7 +222,7 @@ class Slots:
         try:
             self._place(entry)
         except Exception as error:  # out of memory, say: this one's trouble, not that of those who run
-            entry.error = _said(entry, error)
+            entry.error = said(entry, error)
             self._refused.append(entry)
             return False
         return True
@@ -286,14 +263,3 @@ class Slots:
             self._displace(entry)
         self._kept.pop(entry, None)
         entry.host = None
-
-
-def _said(entry: Entry, error: Exception) -> FtrayError:
-    if isinstance(error, FtrayError):
-        return error
-    reason = " ".join(str(error).split())[:160]
-    return FtrayError(f"{entry.name}: not to be had now ({type(error).__name__}: {reason})")
-
-
-def _fetch(read: Callable[[str], HostDelta], source: Source) -> HostDelta:
-    return read(source if isinstance(source, str) else source())

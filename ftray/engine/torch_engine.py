@@ -121,10 +121,14 @@ class TorchRunner:
     def release(self, seq: Sequence) -> None:
         """Blocks are cleared when they are given out again."""
 
-    def read(self, folder: str) -> LowRank | SlotDelta | OwnWeights:
+    def read_own(self, folder: str) -> OwnWeights:
+        """See `Places.read_own`."""
+        return self._base.reader.read_own(folder)
+
+    def read(self, folder: str) -> LowRank | SlotDelta:
         """See `Places.read`."""
         found = self._base.reader.read(folder)
-        if self._base.swapped is None or not isinstance(found, LowRank):
+        if self._base.swapped is None:
             return found
         factors, stacks = found.adapter.factors, found.adapter.stacks
         pairs = {

@@ -13,6 +13,7 @@ from ftray.core.errors import DeltaError, RegistryError, RequestError
 from ftray.engine.api import Output, Request, Sampling
 from ftray.engine.core import StepEngine
 from ftray.engine.fake import FakeDelta, FakeEngineConfig, FakeRunner
+from ftray.engine.places import OwnWeightsError
 from ftray.engine.scheduler import Row
 from ftray.engine.torch_engine import TorchEngineConfig
 from ftray.testing import tiny
@@ -38,8 +39,12 @@ class Watched(FakeRunner):
             raise DeltaError(f"{folder}: damaged; publish it anew")
         if "gone" in folder:
             raise OSError("no route to host")
-        found = super().read(folder)
-        return replace(found, mixed_batch=False) if folder.endswith(".own") else found
+        if folder.endswith(".own"):
+            raise OwnWeightsError(folder)
+        return super().read(folder)
+
+    def read_own(self, folder: str) -> FakeDelta:
+        return replace(super().read(folder), mixed_batch=False)
 
     def load(self, key: str, delta: FakeDelta) -> None:
         super().load(key, delta)
@@ -246,6 +251,28 @@ def test_deltas_that_share_no_batch_take_turns_in_steps_of_their_own() -> None:
     assert alone and all(len(step) == 1 for step in alone)
     assert any(len(step) > 1 for step in steps)
     assert runner.most <= 3  # two that share, one of its own
+
+
+def test_whole_models_are_not_read_before_there_is_room() -> None:
+    engine, runner = make(max_loras=8)
+    runner.gate.clear()
+    for number in range(6):
+        engine.register_delta(f"{number}", f"/{number}.own")
+        engine.add(ask(f"{number}", f"{number}", max_tokens=4))
+    engine.register_delta("small", "/small")
+    engine.add(ask("small", "small"))
+    runner.gate.set()
+    most = 0
+
+    def look() -> bool:
+        nonlocal most
+        infos = [engine.delta_info(f"{number}") for number in range(6)]
+        most = max(most, sum(info.tier in ("slot", "host") for info in infos))
+        return False
+
+    outputs = run(engine, look)
+    assert all(parts[-1].finish_reason in ("stop", "length") for parts in outputs.values())
+    assert len(outputs) == 7 and most <= 2  # one in place, one that waits for it
 
 
 def test_unknown_and_known_names() -> None:
