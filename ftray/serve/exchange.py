@@ -57,7 +57,7 @@ class Exchange:
         """Note that the answer has begun."""
         if not self.started and self.model:
             self.started = True
-            self._metrics.first_token.labels(self.model.id).observe(self.deadline.elapsed_s)
+            self._metrics.first_token(self.model.id, self.deadline.elapsed_s)
 
     def end(self, status: int) -> None:
         """Free what the request held and write it down."""

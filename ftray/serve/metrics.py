@@ -10,9 +10,13 @@ from ftray.engine.api import EngineStats
 UNKNOWN = "unknown"
 """Model label of requests that name no served model."""
 OTHER = "other"
-"""Model label of tenants and models beyond the bound."""
+"""Model label of models beyond a bound."""
+OTHERS = "(others)"
+"""Tenant label of tenants beyond the bound; no tenant can be called so."""
 MAX_PAIRS = 2000
 """Most pairs of tenant and model that have series of their own."""
+MAX_MODELS = 200
+"""Most models that have a histogram of their own."""
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -29,7 +33,9 @@ class Metrics:
         self._tokens = Counter(
             "ftray_tokens", "Tokens by kind.", ["tenant", "model", "kind"], registry=registry
         )
-        self.first_token = Histogram(
+        self._tenants: set[str] = set()
+        self._models: set[str] = set()
+        self._first_token = Histogram(
             "ftray_time_to_first_token_seconds",
             "Seconds from a request's arrival to its first token.",
             ["model"],
@@ -51,11 +57,19 @@ class Metrics:
 
     def count(self, tenant: str, model: str, status: int, prompt_tokens: int, completion_tokens: int) -> None:
         """Count one request that has ended."""
-        model = self._bounded(tenant, model)
+        tenant, model = self._bounded(tenant, model)
         self._requests.labels(tenant, model, status).inc()
         for kind, amount in (("prompt", prompt_tokens), ("completion", completion_tokens)):
             if amount:
                 self._tokens.labels(tenant, model, kind).inc(amount)
+
+    def first_token(self, model: str, seconds: float) -> None:
+        """Take over when an answer's first token came, since the request's arrival."""
+        if model not in self._models and len(self._models) >= MAX_MODELS:
+            model = OTHER
+        else:
+            self._models.add(model)
+        self._first_token.labels(model).observe(seconds)
 
     def observe_engine(self, stats: EngineStats) -> None:
         """Take over an engine's load; with several replicas, that of the one which was asked."""
@@ -68,11 +82,13 @@ class Metrics:
             return generate_latest(self._registry)
         return generate_latest(_Visible(self._registry, tenant))
 
-    def _bounded(self, tenant: str, model: str) -> str:
+    def _bounded(self, tenant: str, model: str) -> tuple[str, str]:
+        """A pair as labels: beyond the bound the tenants there are share one model, and all others one tenant."""
         if (tenant, model) not in self._pairs and len(self._pairs) >= MAX_PAIRS:
-            return OTHER
+            return (tenant if tenant in self._tenants else OTHERS), OTHER
         self._pairs.add((tenant, model))
-        return model
+        self._tenants.add(tenant)
+        return tenant, model
 
 
 class _Visible:

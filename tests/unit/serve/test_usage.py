@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from ftray.serve import metrics
 from ftray.serve.metrics import Metrics
@@ -60,11 +61,24 @@ def test_who_leaves_is_written_down_with_what_was_generated(serve: Serve, tmp_pa
 
 def test_the_number_of_series_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "MAX_PAIRS", 10)
+    monkeypatch.setattr(metrics, "MAX_MODELS", 5)
     found = Metrics()
-    for number in range(100):
-        found.count(f"t{number % 7}", f"m{number}", 200, 1, 1)
+    for number in range(300):
+        found.count(f"t{number % 100}", f"m{number % 7}", 200, 1, 1)
+        found.first_token(f"m{number}", 0.1)
+    series: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(found.render(None).decode()):
+        for sample in family.samples:
+            labels = {name: value for name, value in sample.labels.items() if name != "le"}
+            series.setdefault(sample.name, set()).add(str(labels))
+    # Pairs, each tenant's other models, all others; for each of two kinds of tokens.
+    bounds = {"ftray_requests": 21, "ftray_tokens": 42, "ftray_time_to_first_token_seconds": 6}
+    for name, rows in series.items():
+        bound = next((most for start, most in bounds.items() if name.startswith(start + "_")), 1)
+        assert len(rows) <= (1 if name.startswith("ftray_requests_in_flight") else bound), (name, rows)
     text = found.render(None).decode()
-    assert 'model="m3"' in text and 'model="other"' in text and 'model="m50"' not in text
+    assert 'tenant="t3"' in text and 'tenant="(others)"' in text and 'tenant="t50"' not in text
+    assert 'model="m3"' in text and 'model="m50"' not in text and 'model="other"' in text
 
 
 def test_secrets_and_prompts_are_nowhere(
