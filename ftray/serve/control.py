@@ -1,6 +1,7 @@
 """The endpoint's one place of decision: follows registry and tenants, counts quotas, tells engines and fronts.
 
-Everything here can be lost: a new one learns from the registry, the tenants' file and the members' next reports.
+Everything here can be lost: a new one learns from the registry, the tenants' file, the members' next reports and,
+where there is a tenants' file, from a file of decisions beside it.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from ftray.core.errors import FtrayError, RequestError
 from ftray.serve.backend import ServedModel
 from ftray.serve.errors import described
 from ftray.serve.front import View
+from ftray.serve.kept import Decisions, DecisionStore
 from ftray.serve.quota import Grant, Kind, Quotas
 from ftray.serve.rollout import Report, Rollout
 from ftray.serve.tenant_store import TenantStore
@@ -45,16 +47,20 @@ class Control:
         config: the endpoint's.
         base: what answers as the base.
         models: follows the registry.
+        run: which start of the endpoint this is; a control that takes over has the same.
     """
 
-    def __init__(self, config: ServeConfig, base: ServedModel, models: Models) -> None:
+    def __init__(self, config: ServeConfig, base: ServedModel, models: Models, run: str = "") -> None:
         self.quotas = Quotas()
         self.rollout = Rollout(base, member_s=max(5.0, 5 * config.follow_s))
-        self.refs = list(config.deltas)
         self.problems: dict[str, str] = {}
         """References that cannot be served as they are now, and why."""
-        self.draining = self.ended = False
+        self.ended = False
         self.store = TenantStore(config.tenants_file) if config.tenants_file else None
+        beside = self.store.path.with_name(f".{self.store.path.name}.decisions") if self.store else None
+        self._kept = DecisionStore(beside, run)
+        decided = self._kept.read(Decisions(list(config.deltas)))
+        self.refs, self.draining, self.rollout.rejected = decided.refs, decided.draining, decided.rejected
         self._config = config
         self._models = models
         self._tenants: list[TenantConfig] = []
@@ -82,6 +88,8 @@ class Control:
             found, self.problems = await asyncio.to_thread(self._look_at_registry, tuple(self.refs))
             self.quotas.set_tenants(self._tenants)
             self.rollout.want(found)
+            decided = Decisions(list(self.refs), self.draining, dict(self.rollout.rejected))
+            await asyncio.to_thread(self._kept.write, decided)
 
     def _look_at_registry(self, refs: Sequence[str]) -> tuple[list[ServedModel], dict[str, str]]:
         found: dict[str, ServedModel] = {}

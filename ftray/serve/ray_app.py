@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def _application(config: ServeConfig) -> Application:
         value = getattr(config, field)
         if value and "://" not in value:
             config = replace(config, field, str(Path(value).expanduser().resolve()))
-    control = ControlReplica.bind(config)  # type: ignore[attr-defined]
+    control = ControlReplica.bind(config, uuid.uuid4().hex)  # type: ignore[attr-defined]
     engine = EngineReplica.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
         graceful_shutdown_timeout_s=config.drain_timeout_s,

@@ -25,9 +25,11 @@ from ftray.serve.rollout import Report
 class ControlReplica:
     """A `Control` that others reach; when it dies, Ray Serve starts another, which learns what it must know."""
 
-    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, config: ServeConfig, run: str = ""
+    ) -> None:
         follow = await asyncio.to_thread(follower, config)
-        self._control = Control(config, await asyncio.to_thread(base_model, config), follow.models)
+        self._control = Control(config, await asyncio.to_thread(base_model, config), follow.models, run)
         await self._control.look()
         self._running = asyncio.create_task(self._control.run())
         self._admin: AdminServer | None = None

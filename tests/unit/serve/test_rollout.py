@@ -1,9 +1,15 @@
 """New versions take over when every engine has them, and never before; bad ones never do."""
 
+import asyncio
+import stat
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ftray.config.serve import ServeConfig
+from ftray.engine.fake import FakeEngineConfig
 from ftray.serve.backend import ServedModel
+from ftray.serve.control import Control
 from ftray.serve.front import Front, View
 from ftray.serve.rollout import Report, Rollout
 
@@ -142,3 +148,29 @@ def test_a_front_keeps_what_it_knows_of_pending_ids_alone() -> None:
     view: Any = View(models=[BASE])
     front.update(view)
     assert [model.id for model in front.view.models] == ["base"]
+
+
+def test_a_control_that_takes_over_knows_what_was_decided(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"deltas": ["a@prod"], "tenants_file": str(tmp_path / "tenants.json")}
+    config = ServeConfig(base="tiny", engine=FakeEngineConfig(), **fields)
+
+    def started(run: str) -> Control:
+        return Control(config, BASE, lambda ref: [version(1 if ref == "a@prod" else 2, ref)], run)
+
+    async def decide() -> None:
+        control = started("first")
+        await control.load("b@1")
+        await control.unload("a@prod")
+        control.sync(Report(member="x", is_engine=True, failed={"d2": "NaN"}))
+        assert control.rollout.rejected == {"d2": "NaN"}
+        control.drain()
+        await control.look()
+
+    asyncio.run(decide())
+    again, other = started("first"), started("second")
+    assert (again.refs, again.draining, again.rollout.rejected) == (["b@1"], True, {"d2": "NaN"})
+    assert (other.refs, other.draining, other.rollout.rejected) == (["a@prod"], False, {})
+    (kept,) = tmp_path.iterdir()
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    kept.write_text("{")
+    assert started("first").refs == ["a@prod"]
