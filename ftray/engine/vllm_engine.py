@@ -7,7 +7,6 @@ whose entries are kept apart by tenant, delta and salt. Deltas are plain LoRA of
 import itertools
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,19 +17,9 @@ from ftray.core.spec import spec
 from ftray.engine.answer import joined
 from ftray.engine.api import DeltaInfo, EngineInfo, EngineStats, Output, Request, Sampling, ScoreItem, Source
 from ftray.engine.gate import DeltaGate, folder_digest
-from ftray.engine.vllm_words import prompt_logprobs, sampling_params, token_logprob
+from ftray.engine.vllm_words import VLLMDelta, prompt_logprobs, sampling_params, token_logprob
 from ftray.model.folder import resolve_folder
 from ftray.model.tokenizer import load_tokenizer
-
-
-@dataclass(eq=False)
-class _Delta:
-    """A delta and vLLM's name for it, which is never used twice."""
-
-    source: Source
-    digest: str = ""
-    lora: Any = None
-    in_flight: int = 0
 
 
 class VLLMEngine:
@@ -49,9 +38,9 @@ class VLLMEngine:
         self._engine = engine
         self._on_cpu = engine.vllm_config.device_config.device_type == "cpu"
         self._gate = gate
-        self._deltas: dict[str, _Delta] = {}
+        self._deltas: dict[str, VLLMDelta] = {}
         self._ids = itertools.count(1)
-        self._live: dict[str, tuple[Request, _Delta | None, set[int]]] = {}
+        self._live: dict[str, tuple[Request, VLLMDelta | None, set[int]]] = {}
 
     def add(self, request: Request) -> None:
         """See `Engine.add`; a delta that is registered only is read here."""
@@ -116,22 +105,23 @@ class VLLMEngine:
         """See `Engine.load_delta`; vLLM reads the tensors with the first request."""
         if name in self._deltas and not replace:
             raise DeltaError(f"{name}: already loaded; unload it first or use another name")
-        delta = _Delta(folder)
+        delta = VLLMDelta(folder)
         self._read(delta)
-        self._deltas[name] = delta
+        old, self._deltas[name] = self._deltas.get(name), delta
+        if old is not None:
+            self._let_go(old)
 
     def register_delta(self, name: str, source: Source) -> None:
         """See `Engine.register_delta`."""
         if name in self._deltas:
             raise DeltaError(f"{name}: already loaded; unload it first or use another name")
-        self._deltas[name] = _Delta(source)
+        self._deltas[name] = VLLMDelta(source)
 
     def unload_delta(self, name: str) -> None:
         """See `Engine.unload_delta`."""
         if self._find(name).in_flight:
             raise DeltaError(f"{name}: requests under it are in flight; wait for them or cancel them")
-        if (delta := self._deltas.pop(name)).lora is not None:
-            self._engine.remove_lora(delta.lora.lora_int_id)
+        self._let_go(self._deltas.pop(name))
 
     def deltas(self) -> list[str]:
         """See `Engine.deltas`."""
@@ -213,8 +203,15 @@ class VLLMEngine:
         _, delta, _ = self._live.pop(request_id)
         if delta:
             delta.in_flight -= 1
+            self._let_go(delta)
 
-    def _read(self, delta: _Delta) -> None:
+    def _let_go(self, delta: VLLMDelta) -> None:
+        """Remove what no name stands for, once no request runs under it."""
+        if delta.lora is not None and not delta.in_flight and delta not in self._deltas.values():
+            self._engine.remove_lora(delta.lora.lora_int_id)
+            delta.lora = None
+
+    def _read(self, delta: VLLMDelta) -> None:
         from vllm.lora.request import LoRARequest
 
         folder = Path(delta.source if isinstance(delta.source, str) else delta.source())
@@ -231,7 +228,7 @@ class VLLMEngine:
             delta.lora = None
             raise DeltaError(f"{folder}: vLLM refuses it ({' '.join(str(error).split())[:160]})") from None
 
-    def _find(self, name: str) -> _Delta:
+    def _find(self, name: str) -> VLLMDelta:
         if name not in self._deltas:
             raise DeltaError(f"{name}: not loaded; loaded are: {', '.join(self._deltas) or 'none'}")
         return self._deltas[name]

@@ -1,8 +1,20 @@
 """Our words for what is asked and answered, in vLLM's."""
 
+from dataclasses import dataclass
 from typing import Any
 
+from ftray.engine.api import Source
 from ftray.engine.request import Request, Sampling, TokenLogprob
+
+
+@dataclass(eq=False)
+class VLLMDelta:
+    """A delta and vLLM's name for it, which is never used twice."""
+
+    source: Source
+    digest: str = ""
+    lora: Any = None
+    in_flight: int = 0
 
 
 def prompt_logprobs(request: Request, entries: Any, num_top: int) -> list[TokenLogprob | None]:

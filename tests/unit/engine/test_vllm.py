@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ftray.core.errors import ConfigError
-from ftray.engine.vllm_engine import VLLMEngineConfig
+from ftray.engine.vllm_engine import VLLMEngine, VLLMEngineConfig
+from ftray.engine.vllm_words import VLLMDelta
 from ftray.testing import tiny
 from tests.peft_reference import Reference
 
@@ -19,6 +21,41 @@ ROOT = Path(__file__).parents[3]
 def test_without_vllm_it_says_so(tiny_base: Path) -> None:
     with pytest.raises(ConfigError, match="no vLLM"):
         VLLMEngineConfig().build(str(tiny_base))
+
+
+class Named:
+    """As much of vLLM's engine as names are let go of by, for where there is no vLLM."""
+
+    def __init__(self) -> None:
+        self.vllm_config = SimpleNamespace(device_config=SimpleNamespace(device_type="cpu"))
+        self.removed: list[int] = []
+
+    def remove_lora(self, number: int) -> None:
+        self.removed.append(number)
+
+
+class Unread(VLLMEngine):
+    """Gives deltas numbers and reads nothing."""
+
+    def _read(self, delta: VLLMDelta) -> None:
+        delta.lora = SimpleNamespace(lora_int_id=next(self._ids))
+
+
+def test_what_was_replaced_is_let_go_after_its_last_request() -> None:
+    vllm: Any = Named()
+    engine = Unread(vllm, None, None, None)  # type: ignore[arg-type]
+    engine.load_delta("a", "/1")
+    engine.load_delta("a", "/2", replace=True)
+    assert vllm.removed == [1]
+    second = engine._find("a")
+    engine._live["request"] = None, second, set()  # type: ignore[assignment]
+    second.in_flight = 1
+    engine.load_delta("a", "/3", replace=True)
+    assert vllm.removed == [1]
+    engine._forget("request")
+    assert vllm.removed == [1, 2]
+    engine.unload_delta("a")
+    assert vllm.removed == [1, 2, 3] and engine.deltas() == []
 
 
 @pytest.mark.slow
