@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ftray.core.errors import DeltaError, FtrayError, RegistryError, RequestError
+from ftray.core.errors import DeltaError, FtrayError, RequestError
 from ftray.engine.answer import Answer, joined
 from ftray.engine.api import (
     DeltaInfo,
@@ -21,7 +21,7 @@ from ftray.engine.api import (
     Source,
     TokenLogprob,
 )
-from ftray.engine.entry import Entry
+from ftray.engine.entry import Entry, refusal
 from ftray.engine.layout import Layout
 from ftray.engine.logprobs import token_logprobs
 from ftray.engine.places import Places
@@ -173,9 +173,9 @@ class StepEngine:
     def _refuse(self, entry: Entry) -> list[Output]:
         """End what waits for a delta that cannot be had."""
         outputs = []
+        problem, status = refusal(entry)
         for seq in [seq for seq in self.scheduler.sequences() if seq.delta is entry]:
-            status = 400 if isinstance(entry.error, DeltaError | RegistryError) else 503
-            outputs.append(self._answers[seq].failed(str(entry.error), status))
+            outputs.append(self._answers[seq].failed(problem, status))
             self._drop(seq)
         return outputs
 

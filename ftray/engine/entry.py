@@ -1,12 +1,15 @@
 """A delta as the engine knows it."""
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from ftray.core.errors import FtrayError
+from ftray.core.errors import DeltaError, FtrayError, RegistryError
 from ftray.engine.api import Source
 from ftray.engine.places import HostDelta
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -45,6 +48,17 @@ def said(entry: Entry, error: Exception) -> FtrayError:
         return error
     reason = " ".join(str(error).split())[:160]
     return FtrayError(f"{entry.name}: not to be had now ({type(error).__name__}: {reason})")
+
+
+def refusal(entry: Entry) -> tuple[str, int]:
+    """What those who ask for a delta that cannot be had are told, and the HTTP status.
+
+    The reason names files and digests, which are for the log alone.
+    """
+    logger.warning("%s: requests under it end: %s", entry.name, entry.error)
+    if isinstance(entry.error, DeltaError | RegistryError):
+        return f"{entry.name}: cannot be used; publish it anew", 400
+    return f"{entry.name}: not to be had now; try again shortly", 503
 
 
 def fetch(read: Callable[[str], HostDelta], source: Source) -> HostDelta:
