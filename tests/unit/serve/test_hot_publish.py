@@ -1,6 +1,7 @@
 """The registry changes under a running endpoint: answers follow within seconds; only the digest tells."""
 
 import hashlib
+import json
 import math
 import threading
 from collections.abc import Iterator
@@ -105,6 +106,15 @@ class Load:
                     self.seen.append((text, response.headers["x-ftray-digest"]))
                 elif not response.text.endswith("data: [DONE]\n\n"):
                     self.problems.append("a stream without its end")
+                else:
+                    self.seen.append((streamed(response.text), response.headers["x-ftray-digest"]))
+
+
+def streamed(text: str) -> str:
+    """The answer in a stream's events, which all name one digest."""
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert len({chunk["system_fingerprint"] for chunk in chunks}) == 1
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
 
 
 def hot_publish(versions: Versions, number: int) -> Load:

@@ -316,7 +316,9 @@ def test_no_reply_speaks_of_folders_here(
         server.engine.register_delta("xxh3:aaaa", "/srv/cache/alpha-1")
         server.engine._runner.read = broken
         response = server.post(CHAT, json=chat_body(model="alpha", stream=stream))
-    assert "alpha" in response.text and "/srv" not in response.text and "damaged" not in response.text
+    assert (
+        '"model_unusable"' in response.text and "/srv" not in response.text and "damaged" not in response.text
+    )
     assert "/srv/cache/alpha-1" in caplog.text
 
 
