@@ -31,7 +31,7 @@ class ModelEngineConfig:
     """Deltas kept in memory beside those in place; the others are read from disk when they are asked for."""
     max_own_weights: int = Field(default=1, ge=0)
     """Deltas in place at once that can share no batch (replacement weights, PEFT's kinds but plain LoRA). Each is a
-    whole set of weights and answers in steps of its own; 0 refuses them."""
+    whole set of weights and answers in steps of its own; one more may be in memory, that waits. 0 refuses them."""
 
     def load_tokenizer(self, base: str) -> Any:
         """The base's tokenizer."""
