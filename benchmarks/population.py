@@ -5,30 +5,24 @@
 `population_ratio_k8`: tokens per CPU-second of 8 members stepped together over those of the same 8 one by one,
 whole optimiser steps of the same engines, interleaved, by the median of the rounds.
 `population_memory_ratio_k8`: proportional set size over what the imports take, of one process with 8 members over
-that of 8 processes with one each, after some steps.
+that of 8 processes with a run each: at the end of a second round of steps, in which each goes on from another.
 `exploit_ms`: a member's weights and moments copied in memory, against committed to a checkpoint and read back.
 """
 
 import argparse
-import gc
 import json
-import multiprocessing
 import os
 import platform
 import statistics
 import tempfile
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import pss_bytes
+from benchmarks.population_memory import MEMBERS, RANK, TOKENS, measure_memory
 
-MEMBERS = 8
-RANK = 8
-TOKENS = (32, 512)
 _SETTLING = 2
-"""Steps before memory is looked at or time is taken."""
+"""Steps before time is taken."""
 
 
 class Group:
@@ -164,64 +158,6 @@ def exploit(group: Group, rounds: int) -> dict[str, float]:
         "exploit_ms": round(statistics.median(memory) * 1e3, 2),
         "exploit_checkpoint_ms": round(statistics.median(files) * 1e3, 2),
     }
-
-
-def _hold(connection: Connection, count: int, tokens: int, most_rows: int | None) -> None:
-    """Body of a measured process: import, be looked at, train, be looked at."""
-    import ftray.train.population
-    import ftray.train.resident  # noqa: F401
-
-    connection.send("imported")
-    connection.recv()
-    group = Group(count)
-    for _ in range(_SETTLING + 1):
-        group.together(tokens, most_rows)
-    gc.collect()
-    connection.send("trained")
-    connection.recv()
-
-
-def held_bytes(processes: int, members: int, tokens: int, most_rows: int | None = None) -> int:
-    """Memory over their imports of processes that each train so many members."""
-    context = multiprocessing.get_context("spawn")
-    pipes, started = [], []
-    for _ in range(processes):
-        mine, theirs = context.Pipe()
-        started.append(context.Process(target=_hold, args=(theirs, members, tokens, most_rows)))
-        started[-1].start()
-        pipes.append(mine)
-    found = []
-    for _ in ("imported", "trained"):
-        for pipe in pipes:
-            pipe.recv()
-        found.append(pss_bytes())
-        for pipe in pipes:
-            pipe.send("go on")
-    for process in started:
-        process.join()
-    return found[1] - found[0]
-
-
-def memory(tokens: int) -> dict[str, float]:
-    """One process with all members, and as many processes with one each."""
-    one, many = held_bytes(1, MEMBERS, tokens), held_bytes(MEMBERS, 1, tokens)
-    in_turn = held_bytes(1, MEMBERS, tokens, most_rows=1)
-    return {
-        "ratio": round(one / many, 3),
-        "ratio_one_row_a_pass": round(in_turn / many, 3),
-        "population_mib": round(one / 2**20, 1),
-        "population_one_row_a_pass_mib": round(in_turn / 2**20, 1),
-        "processes_mib": round(many / 2**20, 1),
-    }
-
-
-_FORMULA = "(W + K m) / (K (W + m)): W bytes of the base, m of a member's factors, moments and activations"
-
-
-def measure_memory() -> dict[str, Any]:
-    """Memory of both ways, at each number of tokens."""
-    found: dict[str, Any] = {f"population_memory_ratio_k8_{tokens}": memory(tokens) for tokens in TOKENS}
-    return found | {"population_memory_formula": _FORMULA}
 
 
 def measure_speed(rounds: int) -> dict[str, Any]:
