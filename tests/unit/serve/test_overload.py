@@ -43,7 +43,8 @@ def check(serve: Serve, levels: list[float], seconds: float) -> None:
         server.wait_idle()
     goodputs = {times: goodput for times, (goodput, _, _) in found.items()}
     for times, (goodput, statuses, waits) in found.items():
-        assert goodput >= 0.9 * goodputs[levels[0]], goodputs
+        if times > 1:  # below that, less is asked for
+            assert goodput >= 0.9 * max(goodputs.values()), goodputs
         assert set(statuses) <= {200, 429, 503}, statuses
         assert all(wait.isdigit() and int(wait) >= 1 for wait in waits)
         assert times < 2 or statuses[429] > 0
