@@ -25,7 +25,7 @@ def command(
     from ftray.config.serve import ServeConfig
     from ftray.serve.ray_app import run
 
-    config = load(ServeConfig, file, overrides or [])
+    config = load(ServeConfig, file, overrides or []).located()  # a job may lose its folder meanwhile
     with session(address or None):
         with bar("start the endpoint"):
             handle = run(config)

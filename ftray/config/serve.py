@@ -1,12 +1,13 @@
 """What an endpoint serves, to whom, and where it listens."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from ftray.config.tenant import KeyConfig, TenantConfig
 from ftray.core.errors import ConfigError
-from ftray.core.spec import Piece, spec
+from ftray.core.spec import Piece, replace, spec
 
 __all__ = ["AutoscaleConfig", "GoldenConfig", "KeyConfig", "ServeConfig", "TenantConfig"]
 
@@ -103,6 +104,15 @@ class ServeConfig:
             raise ConfigError("metrics_key_sha256: without `tenants` no key is asked for; leave it out")
         if self.admin_port is not None and self.admin_token_sha256 is None:
             raise ConfigError("admin_port: the admin API needs `admin_token_sha256`; give it")
+
+    def located(self) -> "ServeConfig":
+        """The same with local paths made absolute: replicas have working folders of their own."""
+        found = self
+        for field in ("registry", "tenants_file", "usage_folder"):
+            value = getattr(self, field)
+            if value and "://" not in value:
+                found = replace(found, field, str(Path(value).expanduser().resolve()))
+        return found
 
     @property
     def asks_for_keys(self) -> bool:

@@ -74,10 +74,7 @@ def build(args: dict[str, str]) -> Application:
 def _application(config: ServeConfig) -> Application:
     if Path(config.base).expanduser().is_dir():  # replicas have working folders of their own
         config = replace(config, "base", str(resolve_folder(config.base)))
-    for field in ("registry", "tenants_file", "usage_folder"):
-        value = getattr(config, field)
-        if value and "://" not in value:
-            config = replace(config, field, str(Path(value).expanduser().resolve()))
+    config = config.located()
     control = ControlReplica.bind(config, uuid.uuid4().hex)  # type: ignore[attr-defined]
     engine = EngineReplica.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
