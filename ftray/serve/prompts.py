@@ -21,17 +21,19 @@ _SHORT_CHARS = 20_000
 _MESSAGE_CHARS = 20
 """What rendering a message costs, in characters to tokenise."""
 
+_THREADS = [ThreadPoolExecutor(1, thread_name_prefix=f"ftray-prompts-{lane}") for lane in ("short", "long")]
+"""One for each lane, for all fronts of a process."""
+
 
 class _Lane:
     """One thread with a tokenizer of its own, which keeps state between calls and so takes one at a time."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, thread: ThreadPoolExecutor) -> None:
+        self._tokenizer, self._thread = tokenizer, thread
         # What renders training rows renders prompts, so that both see the same tokens, and a special token that a
         # client spells out stays text. The fake engine's byte tokenizer has no special tokens to spell.
         real = hasattr(tokenizer, "backend_tokenizer")
         self._rows = Tokeniser("the base", tokenizer) if real and tokenizer.chat_template else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ftray-prompts")
 
     async def text(self, prompt: str) -> list[int]:
         """Tokens of a plain prompt."""
@@ -58,7 +60,7 @@ class Prompts:
         self.has_template = bool(tokenizer.chat_template)
         self._vocabulary = len(tokenizer)
         self._longest_token = max(len(token) for token in tokenizer.get_vocab())
-        self._short, self._long = _Lane(tokenizer), _Lane(copy.deepcopy(tokenizer))
+        self._short, self._long = map(_Lane, (tokenizer, copy.deepcopy(tokenizer)), _THREADS)
 
     async def chat(self, body: ChatBody, max_length: int) -> list[int]:
         """A conversation's tokens.

@@ -1,5 +1,6 @@
 """The endpoint as OpenAI's own client and a hostile one see it."""
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -238,6 +239,7 @@ def test_a_whole_answer_whose_engine_goes_away_is_asked_for_again(
             async for output in outputs:
                 yield output
                 if len(calls) % 2:
+                    await asyncio.sleep(0.3)  # what there is has been sent by then
                     raise Unavailable("killed")
 
     monkeypatch.setattr(EngineLoop, "generate", dying)
