@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Collection
-from collections.abc import Sequence as Parts
-from dataclasses import replace
 from typing import Any
 
 from ftray.engine.request import FinishReason, Output, TokenLogprob
@@ -103,16 +101,3 @@ class Answer:
             num_cached_tokens=self.seq.num_cached if first else 0,
             **rest,
         )
-
-
-def joined(parts: Parts[Output]) -> Output:
-    """All outputs of one answer as one."""
-    logprobs = [token for part in parts for token in part.logprobs or ()]
-    return replace(
-        parts[-1],
-        text="".join(part.text for part in parts),
-        token_ids=[token for part in parts for token in part.token_ids],
-        logprobs=logprobs if any(part.logprobs is not None for part in parts) else None,
-        prompt_logprobs=parts[0].prompt_logprobs,
-        num_cached_tokens=parts[0].num_cached_tokens,
-    )

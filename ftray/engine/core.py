@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ftray.core.errors import DeltaError, FtrayError, RequestError
-from ftray.engine.answer import Answer, joined
+from ftray.engine.answer import Answer
 from ftray.engine.api import (
     DeltaInfo,
     EngineInfo,
@@ -29,6 +29,7 @@ from ftray.engine.prefix import chain_seed
 from ftray.engine.sampling import sample
 from ftray.engine.scheduler import Row, Scheduler, Sequence
 from ftray.engine.slots import Slots
+from ftray.engine.whole import generate
 
 _PAUSE_S = 0.02
 """Longest sleep of a step that has nothing to compute because deltas are still being read."""
@@ -237,19 +238,7 @@ class StepEngine:
 
     def generate(self, requests: Iterable[Request]) -> list[Output]:
         """See `Engine.generate`."""
-        parts: dict[tuple[str, int], list[Output]] = {}
-        try:
-            for request in requests:
-                self.add(request)
-                parts |= {(request.id, index): [] for index in range(request.sampling.n)}
-            while self.has_work():
-                for output in self.step():
-                    parts.setdefault((output.id, output.index), []).append(output)
-        except BaseException:
-            for request_id, _ in parts:
-                self.cancel(request_id)
-            raise
-        return [joined(outputs) for outputs in parts.values()]
+        return generate(self, requests)
 
     def score(self, items: Iterable[ScoreItem]) -> list[float]:
         """See `Engine.score`."""

@@ -100,6 +100,7 @@ class Slots:
     def depart(self, entry: Entry) -> None:
         """A sequence under it is over."""
         entry.in_flight -= 1
+        self._forget_idle()
         self._drop_if_unused(entry)
 
     def enter(self, entry: Entry) -> bool:
@@ -197,6 +198,9 @@ class Slots:
             return
         self._kept[entry] = None
         self._kept.move_to_end(entry)
+        self._forget_idle()
+
+    def _forget_idle(self) -> None:
         idle = [other for other in self._kept if not other.in_flight]
         large = [other for other in idle if not other.mixed_batch]
         small = [other for other in idle if other.mixed_batch]

@@ -14,10 +14,10 @@ from pydantic import Field
 
 from ftray.core.errors import ConfigError, DeltaError, RequestError
 from ftray.core.spec import spec
-from ftray.engine.answer import joined
 from ftray.engine.api import DeltaInfo, EngineInfo, EngineStats, Output, Request, Sampling, ScoreItem, Source
 from ftray.engine.gate import DeltaGate, folder_digest
 from ftray.engine.vllm_words import VLLMDelta, prompt_logprobs, sampling_params, token_logprob
+from ftray.engine.whole import generate
 from ftray.model.folder import resolve_folder
 from ftray.model.tokenizer import load_tokenizer
 
@@ -144,19 +144,7 @@ class VLLMEngine:
 
     def generate(self, requests: Iterable[Request]) -> list[Output]:
         """See `Engine.generate`."""
-        parts: dict[tuple[str, int], list[Output]] = {}
-        try:
-            for request in requests:
-                self.add(request)
-                parts |= {(request.id, index): [] for index in range(request.sampling.n)}
-            while self.has_work():
-                for output in self.step():
-                    parts[output.id, output.index].append(output)
-        except BaseException:
-            for request_id, _ in parts:
-                self.cancel(request_id)
-            raise
-        return [joined(outputs) for outputs in parts.values()]
+        return generate(self, requests)
 
     def score(self, items: Iterable[ScoreItem]) -> list[float]:
         """See `Engine.score`."""

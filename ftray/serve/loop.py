@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ftray.core.errors import RequestError
-from ftray.engine.answer import joined
 from ftray.engine.api import Engine, EngineInfo, EngineStats, Output, Request
+from ftray.engine.whole import joined
 from ftray.serve.backend import Unavailable
 from ftray.serve.errors import described
 

@@ -17,8 +17,6 @@ from ftray.core.fs import read_json, write_json
 FOLDER = "profile"
 _WAIT = 2
 _COLLECTIVE = ("gloo:", "nccl:", "nccldevkernel", "c10d::")
-_RANGES = ("ProfilerStep", "FSDP::")
-"""Beginnings of names that stand for stretches of a step and not for an operation."""
 _KINDS = ("allreduce", "allgather", "reducescatter", "broadcast", "alltoall", "barrier")
 _NUM_OPS = 15
 
@@ -83,7 +81,7 @@ def summary_of(found: Any, seconds: float, steps: int, rank: int) -> dict[str, A
         own_us = item.self_device_time_total if on_gpu else item.self_cpu_time_total
         if item.key.lower().startswith(_COLLECTIVE):
             waits.append((item.key, item.device_time_total if on_gpu else item.cpu_time_total))
-        elif own_us and not item.key.startswith(_RANGES):
+        elif own_us and not item.is_user_annotation:  # a stretch of a step is no operation
             ops[item.key] = own_us / 1e6
     top = dict(sorted(ops.items(), key=lambda pair: -pair[1])[:_NUM_OPS])
     waited_s = min(seconds, waited_us(waits) / 1e6)
