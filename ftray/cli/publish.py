@@ -11,7 +11,15 @@ import typer
 from ftray.cli.promote import AsJson, RegistryRoot
 
 if TYPE_CHECKING:
-    from ftray.delta.parity import Parity
+    from ftray.registry.entry import Entry
+
+MEASURING = "compare alone, merged and served"
+Parity = Annotated[
+    bool,
+    typer.Option(
+        help="Publish only what answers alike alone, merged and served; measured where its base is known."
+    ),
+]
 
 
 def command(
@@ -26,22 +34,22 @@ def command(
     base: Annotated[
         str,
         typer.Option(
-            help="Folder or Hub id of its base; needed for plain PEFT adapters, and for the certificate."
+            help="Folder or Hub id of its base, if its recipe's is not here; needed for plain PEFT adapters."
         ),
     ] = "",
     alias: Annotated[list[str] | None, typer.Option(help="Alias to point at it; may be repeated.")] = None,
-    parity: Annotated[
-        bool, typer.Option(help="With --base: publish only what answers alike alone, merged and served.")
-    ] = True,
+    parity: Parity = True,
     engine: Annotated[
         str, typer.Option(help="Engine that serves it for that, as in a serve file.")
     ] = "torch",
     as_json: AsJson = False,
 ) -> None:
     """Put a delta into the registry as the next version of a name."""
-    import json
-
+    from ftray.cli.screen import bar
+    from ftray.config.load import parse_yaml
+    from ftray.core.spec import build_piece
     from ftray.delta.manifest import MANIFEST
+    from ftray.eval.publish import publish
     from ftray.registry.ref import check_name
     from ftray.registry.registry import Registry
 
@@ -50,16 +58,36 @@ def command(
         if not (found / MANIFEST).is_file() and (found / "delta" / MANIFEST).is_file():
             found = found / "delta"
         with _as_delta(found, base) as delta:
-            certificate = _certificate(delta, base, engine) if base and parity else None
-            entry = Registry(registry).publish(delta, name, aliases=alias or [], parity=certificate)
+            serving = build_piece("engine", parse_yaml(engine, "--engine"))
+            with bar(MEASURING):
+                entry = publish(
+                    Registry(registry),
+                    delta,
+                    name,
+                    base=base,
+                    engine=serving,
+                    parity=parity,
+                    aliases=alias or [],
+                )
     if as_json:
+        import json
+
         typer.echo(json.dumps(entry.to_json()))
         return
-    aliases = "".join(f", {name}@{word}" for word in entry.aliases)
-    typer.echo(f"published {entry.ref}{aliases} ({entry.digest}) at {entry.path}")
-    if found_parity := entry.delta.parity:
-        worst = max(found_parity.merged_difference, found_parity.served_difference)
-        typer.echo(f"answers alike alone, merged and served by {found_parity.engine}: within {worst:.1e}")
+    for line in published_lines(entry):
+        typer.echo(line)
+
+
+def published_lines(entry: "Entry") -> list[str]:
+    """What was published, and whether it was measured."""
+    aliases = "".join(f", {entry.name}@{word}" for word in entry.aliases)
+    parity = entry.delta.parity
+    if parity is None:
+        measured = "not compared alone, merged and served (its base is not known here, or --no-parity)"
+    else:
+        worst = max(parity.merged_difference, parity.served_difference)
+        measured = f"answers alike alone, merged and served by {parity.engine}: within {worst:.1e}"
+    return [f"published {entry.ref}{aliases} ({entry.digest}) at {entry.path}", measured]
 
 
 @contextlib.contextmanager
@@ -74,40 +102,15 @@ def _unpacked(path: Path) -> Iterator[Path]:
         yield unpack(path, Path(tmp))
 
 
-def _certificate(folder: Path, base: str, engine: str) -> "Parity":
-    from ftray.cli.screen import bar
-    from ftray.config.load import parse_yaml
-    from ftray.core.spec import build_piece
-    from ftray.delta import manifest
-    from ftray.delta.parity import check_parity
-    from ftray.delta.publishable import check_safe
-    from ftray.eval.parity import certify
-    from ftray.registry.stage import BESIDE
-
-    # Before anything of it is loaded.
-    delta = manifest.read(folder, beside=BESIDE)
-    check_safe(folder, delta)
-    with bar("compare alone, merged and served"):
-        certificate = certify(folder, base, build_piece("engine", parse_yaml(engine, "--engine")))
-    check_parity(certificate, delta.digest)
-    return certificate
-
-
 @contextlib.contextmanager
 def _as_delta(folder: Path, base: str) -> Iterator[Path]:
     """The folder itself if it is a delta, else a copy of the PEFT adapter in it that has a manifest."""
     from ftray.core.errors import DeltaError
-    from ftray.delta import manifest
+    from ftray.delta.manifest import MANIFEST
 
-    if (folder / manifest.MANIFEST).is_file():
-        if base:
-            from ftray.model.identity import base_identity
-
-            manifest.check_base(manifest.read(folder, verify=False), base_identity(base))
+    # What is neither is refused by whoever reads it, who says what a delta is.
+    if (folder / MANIFEST).is_file() or not (folder / "adapter_config.json").is_file():
         yield folder
-        return
-    if not (folder / "adapter_config.json").is_file():
-        yield folder  # refused by the registry, which says what a delta is
         return
     if not base:
         raise DeltaError(f"{folder}: a PEFT adapter does not say its base exactly; name it: --base FOLDER")

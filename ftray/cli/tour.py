@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftray.cli.ask import ask_all, curl_lines
+from ftray.cli.publish import MEASURING, published_lines
 from ftray.cli.screen import bar, console, out, run_bars
 from ftray.config.evaluate import EvalConfig
 from ftray.config.load import load
@@ -203,22 +204,25 @@ class Tour:
         )
 
     def _publish(self) -> tuple[str, Path]:
+        from ftray.eval.publish import publish
         from ftray.registry.registry import Registry
 
         folder = self.folder / "registry"
-        registry = Registry(folder)
-        refs = []
         for task in TASKS:
             accuracy = self._reports[task].result(_relative(self._deltas[task])).interval.estimate
-            entry = registry.publish(
-                self._deltas[task],
-                task,
-                metrics={"exact_match": accuracy},
-                lineage=self._lineage.get(task),
-                aliases=("prod",),
-            )
-            refs.append(entry.ref)
-        return " and ".join(refs) + ", each also `@prod`", folder
+            with bar(MEASURING):
+                entry = publish(
+                    Registry(folder),
+                    self._deltas[task],
+                    task,
+                    base=str(self.folder / "base" / "delta"),
+                    aliases=("prod",),
+                    metrics={"exact_match": accuracy},
+                    lineage=self._lineage.get(task),
+                )
+            for line in published_lines(entry):
+                console.print(line, highlight=False, soft_wrap=True, markup=False)
+        return f"{len(TASKS)} deltas, measured alone, merged and served, each also `@prod`", folder
 
     def _serve(self, keep_serving: bool) -> None:
         from ftray.serve.ray_app import run

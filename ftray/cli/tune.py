@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ftray.cli.promote import RegistryRoot
+from ftray.cli.publish import MEASURING, Parity, published_lines
+
 if TYPE_CHECKING:
     from ftray.tune.result import TuneResult
 
 Publish = Annotated[str, typer.Option(help="Publish the winner's delta, with its lineage, under this name.")]
-RegistryFolder = Annotated[Path, typer.Option(help="Folder of the registry to publish to.")]
 
 
 class SearchUnlessNamed(TyperGroup):
@@ -43,7 +45,8 @@ def search(
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with a search that was stopped or killed.")] = False,
     publish: Publish = "",
-    registry: RegistryFolder = Path("registry"),
+    registry: RegistryRoot = "registry",
+    parity: Parity = True,
 ) -> None:
     """Search over a recipe's fields; population-based training unless the file says otherwise."""
     from rich.console import Console
@@ -74,14 +77,15 @@ def search(
     console.print(f"delta: {result.delta}\nresult: {result.folder / 'tune_result.json'}, tune.png")
     console.print(f"more: ftray tune report {result.folder}", soft_wrap=True)
     if publish:
-        _publish(result, publish, registry)
+        _publish(result, publish, registry, parity)
 
 
 @command.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a search, also of one under way.")],
     publish: Publish = "",
-    registry: RegistryFolder = Path("registry"),
+    registry: RegistryRoot = "registry",
+    parity: Parity = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Lineage, schedules, curves, parallel coordinates as PNG; the best recipe; what was spent and saved."""
@@ -105,7 +109,7 @@ def report(
         for path in written.files:
             out.print(str(path), highlight=False, soft_wrap=True)
     if publish:
-        _publish(written.result, publish, registry)
+        _publish(written.result, publish, registry, parity)
 
 
 @command.command()
@@ -158,8 +162,11 @@ def _check_name(name: str) -> None:
         raise ConfigError(f"--publish: {name!r} is refused; use a-z, 0-9, `.`, `_`, `-`")
 
 
-def _publish(result: "TuneResult", name: str, registry: Path) -> None:
+def _publish(result: "TuneResult", name: str, registry: str, parity: bool) -> None:
+    from ftray.cli.screen import bar
     from ftray.tune.publish import publish
 
-    entry = publish(result, name, registry)
-    typer.echo(f"published {entry.ref} ({entry.digest})")
+    with bar(MEASURING):
+        entry = publish(result, name, registry, parity=parity)
+    for line in published_lines(entry):
+        typer.echo(line)

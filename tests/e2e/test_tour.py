@@ -14,6 +14,7 @@ import pytest
 from ftray.cli.ask import curl_lines
 from ftray.cli.tour import Tour
 from ftray.core.fs import read_json, write_json
+from ftray.registry.registry import Registry
 
 EXAMPLES = Path(__file__).parents[2] / "examples/quickstart"
 
@@ -70,4 +71,5 @@ def test_the_whole_walk_twice(tmp_path: Path) -> None:
     assert result["num_perturbations"] > 0
     for task in ("raises", "describe"):
         assert (tmp_path / f"runs/quickstart/{task}/loss.png").stat().st_size > 10_000
-        assert (tmp_path / f"runs/quickstart/registry/{task}/versions/000002").is_dir()
+        published = Registry(tmp_path / "runs/quickstart/registry").show(f"{task}@2")
+        assert published.delta.parity is not None and published.aliases == ("prod",)

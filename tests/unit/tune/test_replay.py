@@ -67,7 +67,9 @@ def test_the_winner_alone_its_curve_its_report_and_its_lineage(searched, tmp_pat
     with pytest.raises(SystemExit) as ended:
         main(["tune", "report", str(searched), "--publish", "best", "--registry", registry])
     assert not ended.value.code and "published best@1" in capsys.readouterr().out
-    lineage = Registry(registry).resolve("best").delta.lineage
+    published = Registry(registry).resolve("best").delta
+    assert published.parity is not None and published.parity.served_difference < 1e-3
+    lineage = published.lineage
     assert [step["checkpoint"] for step in lineage.segments] == [
         step["checkpoint"] for step in winner.schedule
     ]
