@@ -217,7 +217,12 @@ def _checked_pair(
     if len(pair) != 2:
         raise DeltaError(f"{folder}: `{layer}` has one factor only; save the adapter again")
     a, b = pair["lora_A"], pair["lora_B"]
-    rows = a.shape[0]
+    for factor in (a, b):
+        if not factor.is_floating_point() or factor.itemsize < 2:
+            raise DeltaError(
+                f"{folder}: `{layer}` has factors of {factor.dtype}; save them as float32, float16 or bfloat16"
+            )
+    rows = a.shape[0] if a.ndim else 0
     if a.shape[1:] != (in_features,) or b.shape != (out_features, rows) or rows % max(1, num_experts):
         stack = f"{num_experts} x " if num_experts else ""
         raise DeltaError(

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,13 +25,20 @@ ENGINE_FAILED = "the engine failed"
 _MAX_FAILURES = 3
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Stream:
     """Where a request's outputs, or the exception that ends it, are delivered."""
 
     loop: asyncio.AbstractEventLoop
     queue: "asyncio.Queue[Output | Exception]"
-    num_answers: int
+    request: Request
+    begun: bool = False
+    """Something of it was handed out."""
+
+    @property
+    def num_answers(self) -> int:
+        """Places it takes."""
+        return self.request.sampling.n
 
 
 class EngineLoop:
@@ -39,7 +46,8 @@ class EngineLoop:
 
     Args:
         engine: owned by the thread from `start` on.
-        max_answers: answers held at once, running and waiting; more are refused with 429.
+        max_answers: answers held at once, running and waiting; more are refused with 429, the latest of the tenant
+            first that holds most for its weight.
     """
 
     def __init__(self, engine: Engine, max_answers: int) -> None:
@@ -83,10 +91,9 @@ class EngineLoop:
         """See `Backend.generate`; `beyond_limit` lets our own few requests in when there is no place left."""
         if not self.healthy:
             raise Unavailable("the engine has stopped")
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), request.sampling.n)
-        held = sum(other.num_answers for other in self._streams.values())
-        if held + stream.num_answers > self._max_answers and not beyond_limit:
-            raise RequestError("the endpoint is full; try again shortly", status=429, code="overloaded")
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), request)
+        if not beyond_limit:
+            self._make_room(stream)
         self._streams[request.id] = stream
         going = stream.num_answers
         try:
@@ -98,6 +105,7 @@ class EngineLoop:
                 for item in _coalesced(items):
                     if isinstance(item, Exception):
                         raise item
+                    stream.begun = True
                     going = 0 if item.finish_reason == "error" else going - (item.finish_reason is not None)
                     yield item
         finally:
@@ -105,6 +113,32 @@ class EngineLoop:
             # Also after its end: a failed step ends requests that the engine is yet to see.
             with contextlib.suppress(Unavailable):
                 self._post(lambda: self._engine.cancel(request.id))
+
+    def _make_room(self, stream: _Stream) -> None:
+        """Refuse (429) what finds no place, or else the latest requests of a tenant that holds more for its weight.
+
+        Longest queue drop (Suter et al., "Buffer management schemes for supporting TCP in gigabit routers", 1999): a
+        tenant that floods is refused itself, and leaves the others their places. What has begun is never given up.
+        """
+        streams = list(self._streams.values())
+        missing = sum(other.num_answers for other in streams) + stream.num_answers - self._max_answers
+        if missing <= 0:
+            return
+        shares: defaultdict[str, float] = defaultdict(float)
+        for other in [*streams, stream]:
+            shares[other.request.tenant] += other.num_answers / other.request.weight
+        heaviest = max(shares, key=shares.__getitem__)
+        dropped = []
+        for other in reversed(streams if shares[heaviest] > shares[stream.request.tenant] else []):
+            if missing > 0 and other.request.tenant == heaviest and not other.begun:
+                dropped.append(other.request.id)
+                missing -= other.num_answers
+        full = RequestError("the endpoint is full; try again shortly", status=429, code="overloaded")
+        if missing > 0:
+            raise full
+        self._deliver([(name, full) for name in dropped])
+        for name in dropped:
+            del self._streams[name]
 
     async def call(self, function: Callable[[Engine], T]) -> T:
         """Run a function on the engine between two steps and return its result. Raises `Unavailable`."""

@@ -1,11 +1,13 @@
 """Our LoRA against plain `peft`: files and logits both ways."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ftray.adapt.lora import TRAINED, LoRA, load_adapter, lora_layers, unload_adapter
@@ -224,3 +226,24 @@ def test_adapter_of_another_base_changes_nothing(tiny_base: Path, tmp_path: Path
     with pytest.raises(DeltaError, match="another base"):
         load_adapter(model, "x", folder)
     assert not lora_layers(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda factor: torch.tensor(1.0),
+        lambda factor: factor[None],
+        lambda factor: factor.int(),
+        lambda factor: factor.to(torch.complex64),
+        lambda factor: factor.to(torch.float8_e4m3fn),
+    ],
+)
+def test_tensors_of_odd_shapes_and_types_are_the_adapters_fault(
+    tiny_base: Path, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    folder = tiny.random_adapter(tiny_base, tmp_path / "odd")
+    weights = folder / "adapter_model.safetensors"
+    save_file({name: change(factor) for name, factor in load_file(weights).items()}, weights)
+    with pytest.raises(DeltaError, match="has factors") as raised:
+        load_adapter(load_model(tiny_base), "odd", folder)
+    assert "\n" not in str(raised.value)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ftray.core.errors import RequestError
 from ftray.engine.api import Output, Request, Sampling
 from ftray.engine.core import StepEngine
 from ftray.engine.fake import FakeEngineConfig
@@ -117,6 +118,62 @@ def test_a_slow_reader_gets_fewer_and_larger_pieces() -> None:
             assert first.text + "".join(output.text for output in rest) == "x" * 20
             assert sum(len(output.token_ids) for output in [first, *rest]) == 21
             assert rest[-1].finish_reason == "stop"
+
+    asyncio.run(scenario())
+
+
+def asked_by(tenant: str, weight: float = 1.0, n: int = 1) -> Request:
+    return Request(
+        id=uuid.uuid4().hex,
+        prompt_ids=[65],
+        sampling=Sampling(max_tokens=100, n=n),
+        tenant=tenant,
+        weight=weight,
+    )
+
+
+def test_who_floods_makes_room_for_the_others() -> None:
+    """Two places in the engine and six beside it."""
+
+    async def ended(loop: EngineLoop, asked: Request) -> str:
+        try:
+            return [output async for output in loop.generate(asked)][-1].finish_reason or ""
+        except RequestError as error:
+            return str(error.status)
+
+    async def scenario() -> None:
+        busy = FakeEngineConfig(text="x" * 20, step_s=0.01, max_num_seqs=2).build("tiny")
+        async with running(busy) as loop:
+            flood = [asyncio.create_task(ended(loop, asked_by("ann"))) for _ in range(8)]
+            await asyncio.sleep(0.05)  # two have begun
+            victims = [asyncio.create_task(ended(loop, asked_by("bob"))) for _ in range(4)]
+            light = asyncio.create_task(ended(loop, asked_by("cat", weight=0.1)))
+            assert await asyncio.gather(*victims) == ["stop"] * 4
+            assert await light == "429"  # it has more than the others as it is, for its weight
+            assert await asyncio.gather(*flood) == ["stop"] * 4 + ["429"] * 4  # the latest
+            assert not loop._streams
+            assert not busy.has_work()
+
+    asyncio.run(scenario())
+
+
+def test_what_has_begun_and_what_is_fair_is_never_given_up() -> None:
+    async def scenario() -> None:
+        async with running(engine(step_s=0.01)) as loop:
+            begun = loop.generate(asked_by("ann", n=8))
+            await anext(begun)
+            with pytest.raises(RequestError):
+                await anext(loop.generate(asked_by("bob")))
+            await begun.aclose()
+            mine = [asyncio.create_task(anext(loop.generate(asked_by(name)))) for name in "aaaabbbb"]
+            await asyncio.sleep(0)
+            for name in "ab":
+                with pytest.raises(RequestError):
+                    await anext(loop.generate(asked_by(name)))
+            third = asyncio.create_task(anext(loop.generate(asked_by("c"))))
+            results = await asyncio.gather(*mine, third, return_exceptions=True)
+            assert [isinstance(result, RequestError) for result in results].count(True) == 1
+            assert not isinstance(results[-1], RequestError)
 
     asyncio.run(scenario())
 
