@@ -33,8 +33,8 @@ def _compare(recipe: Any) -> None:
     from ftray.cli.screen import out
     from ftray.train.equivalence import TOLERANCE, compare, table
 
-    found = compare(recipe)
-    for line in table(found):
+    found, left_out = compare(recipe)
+    for line in table(found, left_out):
         out.print(line, highlight=False, soft_wrap=True)
     odd = [row.name for row in found if not row.relative <= TOLERANCE]
     if odd:

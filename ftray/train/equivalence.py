@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,14 @@ class Variant:
 
 
 @dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """A way that does not go with the rest of the recipe."""
+
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Difference:
     """How far a variant's losses are from the recipe's own."""
 
@@ -54,8 +63,10 @@ class Difference:
     losses: list[float]
 
 
-def compare(recipe: Recipe, steps: int = 10) -> list[Difference]:
-    """Losses of every variant against the recipe in one process; the first entry is that one itself.
+def compare(recipe: Recipe, steps: int = 10) -> tuple[list[Difference], list[LeftOut]]:
+    """Losses of every variant against the recipe in one process, and what was left out.
+
+    The first entry is the recipe in one process itself.
 
     Only the beginnings of the source files are read, and nothing is left behind.
 
@@ -64,7 +75,7 @@ def compare(recipe: Recipe, steps: int = 10) -> list[Difference]:
     """
     recipe.require_own_loop("`ftray check --equivalence`")
     with tempfile.TemporaryDirectory() as folder:
-        variants = variants_of(_shrunk(recipe, Path(folder)))
+        variants, left_out = variants_of(_shrunk(recipe, Path(folder)))
         found: dict[str, list[float]] = {}
         for world in sorted({variant.world for variant in variants}):
             chosen = [variant for variant in variants if variant.world == world]
@@ -72,14 +83,15 @@ def compare(recipe: Recipe, steps: int = 10) -> list[Difference]:
             results = call_on_ranks(world, _losses_of_all, plain, steps)
             found |= dict(zip((variant.name for variant in chosen), results, strict=True))
     reference = found[variants[0].name]
-    return [
+    differences = [
         Difference(variant.name, largest_difference(found[variant.name], reference), found[variant.name])
         for variant in variants
     ]
+    return differences, left_out
 
 
-def variants_of(recipe: Recipe) -> list[Variant]:
-    """What is compared; the first is the recipe in one process."""
+def variants_of(recipe: Recipe) -> tuple[list[Variant], list[LeftOut]]:
+    """What is compared, the recipe in one process first, and what cannot be."""
     alone = replace(recipe, "strategy", "single")
     micro = recipe.train.per_device_train_batch_size
     # Four times the accumulation; where a micro batch is too small to be cut in four, into single rows.
@@ -90,31 +102,42 @@ def variants_of(recipe: Recipe) -> list[Variant]:
         if recipe.data.packing
         else Variant("packing on: documents joined to rows", alone, rows="joined")
     )
+    spread, left_out = _spread(recipe)
     found = [
         Variant("as given, one process", alone),
         Variant(f"micro batches of {smaller} instead of {micro}", accumulated),
         packing,
-        *_spread(recipe),
+        *spread,
     ]
-    return [
+    named = [
         dataclasses.replace(variant, recipe=replace(variant.recipe, "name", f"variant-{number}"))
         for number, variant in enumerate(found)
     ]
+    return named, left_out
 
 
-def _spread(recipe: Recipe) -> list[Variant]:
+def _spread(recipe: Recipe) -> tuple[list[Variant], list[LeftOut]]:
     """On one and two workers of the recipe's own strategy, and on two of the others that go with the rest of it."""
-    own = recipe if "num_workers" in dump(recipe.strategy) else replace(recipe, "strategy", "ddp")
-    name = dump(own.strategy)["type"]
-    found = [Variant(f"{name}, {n} workers", replace(own, "strategy.num_workers", n), n) for n in (1, 2)]
-    for other in sorted(METHODS["strategy"]):
-        with contextlib.suppress(ConfigError):  # pieces that do not go together, a library that is not there
-            spread = replace(recipe, "strategy", other)
-            if other != name and not spread.strategy.in_process:
-                check_model(spread)
-                two = replace(spread, "strategy.num_workers", 2)
-                found.append(Variant(f"{other}, 2 workers", two, 2))
-    return found
+    own = "ddp" if recipe.strategy.in_process else dump(recipe.strategy)["type"]
+    found, left_out = [], []
+    for name in (own, *sorted(METHODS["strategy"].keys() - {own})):
+        worlds = (1, 2) if name == own else (2,)
+        try:
+            spread = recipe if dump(recipe.strategy)["type"] == name else replace(recipe, "strategy", name)
+            if spread.strategy.in_process:
+                continue
+            check_model(spread)
+        except ConfigError as error:  # pieces that do not go together, a library that is not there
+            left_out += [LeftOut(_spread_name(name, world), str(error)) for world in worlds]
+            continue
+        for world in worlds:
+            on = replace(spread, "strategy.num_workers", world)
+            found.append(Variant(_spread_name(name, world), on, world))
+    return found, left_out
+
+
+def _spread_name(strategy: str, world: int) -> str:
+    return f"{strategy}, {world} worker{'s' if world > 1 else ''}"
 
 
 def _shrunk(recipe: Recipe, folder: Path) -> Recipe:
@@ -181,12 +204,12 @@ def largest_difference(losses: list[float], reference: list[float]) -> float:
     return max(abs(loss - known) / max(abs(known), 1e-12) for loss, known in pairs)
 
 
-def table(found: list[Difference]) -> list[str]:
+def table(found: list[Difference], left_out: Sequence[LeftOut] = ()) -> list[str]:
     """The comparison in words, a line for each variant."""
-    width = max(len(row.name) for row in found)
+    width = max(len(row.name) for row in (*found, *left_out))
     head = f"{'':{width}}  largest relative difference of {len(found[0].losses)} losses, float32"
     rows = [
         f"{row.name:{width}}  {row.relative:.1e}  {'' if row.relative <= TOLERANCE else '<- differs'}".rstrip()
         for row in found[1:]
     ]
-    return [head, *rows]
+    return [head, *rows, *(f"{row.name:{width}}  left out: {row.reason}" for row in left_out)]

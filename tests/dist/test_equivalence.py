@@ -16,7 +16,7 @@ from ftray.core.spec import spec
 from ftray.data.batch import Batch
 from ftray.model.policy import Policy
 from ftray.objective.lm import SupervisedFineTuning
-from ftray.train.equivalence import Difference, largest_difference, losses_of, table, variants_of
+from ftray.train.equivalence import Difference, LeftOut, largest_difference, losses_of, table, variants_of
 from tests.recipes import MakeRecipe
 
 
@@ -47,7 +47,7 @@ def test_sound(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFi
     for name in (
         "micro batches of 1",
         "packing off: each document alone",
-        "ddp, 1 workers",
+        "ddp, 1 worker",
         "ddp, 2 workers",
         "deepspeed, 2 workers",
         "fsdp, 2 workers",
@@ -71,19 +71,30 @@ def test_the_other_strategies_are_tried_where_they_go_with_the_rest(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spread(**changes: Any) -> list[str]:
-        found = [v for v in variants_of(make_recipe(**changes)) if not v.recipe.strategy.in_process]
+        variants, left_out = variants_of(make_recipe(**changes))
+        found = [v for v in variants if not v.recipe.strategy.in_process]
         assert all(v.recipe.strategy.num_workers == v.world for v in found)
-        return [v.name for v in found]
+        names = [v.name for v in found]
+        assert not set(names) & {row.name for row in left_out}
+        reasons.update({row.name: row.reason for row in left_out})
+        return names
 
-    ddp, fsdp = ["ddp, 1 workers", "ddp, 2 workers"], ["fsdp, 1 workers", "fsdp, 2 workers"]
+    reasons: dict[str, str] = {}
+
+    ddp, fsdp = ["ddp, 1 worker", "ddp, 2 workers"], ["fsdp, 1 worker", "fsdp, 2 workers"]
     zero = "deepspeed, 2 workers"
-    assert spread() == [*ddp, zero, fsdp[1]]
+    assert spread() == [*ddp, zero, fsdp[1]] and not reasons
     assert spread(strategy={"type": "fsdp", "num_workers": 4}) == [*fsdp, ddp[1], zero]
     assert spread(adapt="full", optim="muon") == ddp, "Muon needs whole matrices"
+    assert "`muon`" in reasons[fsdp[1]] and "`deepspeed`" in reasons[zero]
+    row = Difference("micro batches of 1", 0.0, [1.0])
+    shown = table([row, row], [LeftOut(fsdp[1], reasons[fsdp[1]])])
+    assert shown[2].split(maxsplit=3) == ["fsdp,", "2", "workers", f"left out: {reasons[fsdp[1]]}"]
     adafactor = {"type": "torch", "optimizer": "Adafactor", "learning_rate": 1e-3}
     assert zero not in spread(optim=adafactor), "it cannot step ranges"
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert spread() == [*ddp, fsdp[1]], "its library is not there"
+    assert "deepspeed" in reasons[zero] and "\n" not in reasons[zero]
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -94,7 +105,7 @@ def test_unsound(make_recipe: MakeRecipe, tmp_path: Path, packing: bool) -> None
     objective = {"type": "tests.dist.test_equivalence:MeanOfMeans"}
     files = {"data__train": str(tmp_path / "rows.jsonl"), "data__validation": []}
     recipe = make_recipe(objective=objective, data__packing=packing, **files)
-    reference, *others = [variant for variant in variants_of(recipe) if variant.recipe.strategy.in_process]
+    reference, *others = [variant for variant in variants_of(recipe)[0] if variant.recipe.strategy.in_process]
     curve = losses_of(reference.recipe, reference.rows, 3)
     names = []
     for variant in others:
