@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from ftray.config.recipe import Recipe
-from ftray.core.spec import parse, set_path
+from ftray.core.paths import set_path
+from ftray.core.spec import parse
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import yaml
 
 from ftray.core.errors import ConfigError
 from ftray.core.fs import write_bytes
-from ftray.core.spec import dump, parse, set_path
+from ftray.core.paths import set_path
+from ftray.core.spec import dump, parse
 
 T = TypeVar("T")
 

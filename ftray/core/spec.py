@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from ftray import catalog
 from ftray.core.errors import ConfigError, FtrayError
+from ftray.core.paths import set_path
 
 T = TypeVar("T")
 
@@ -134,23 +135,6 @@ def replace(obj: T, path: str, value: Any) -> T:
     if name := catalog.name_of(cls):
         assert data.pop("type") == name
     return cast(T, parse(cls, data, where=path))
-
-
-def set_path(data: dict[str, Any], path: str, value: Any) -> None:
-    """Set `a.b.c` in nested mappings; a name standing for a piece (`adapt: lora`) becomes a mapping."""
-    *parents, leaf = path.split(".")
-    node: Any = data
-    for key in parents:
-        child = node.get(key)
-        if isinstance(child, str):
-            child = {"type": child}
-        elif not isinstance(child, Mapping):
-            if child is not None:
-                raise ConfigError(f"{path}: `{key}` is {_shown(child)}, which has no fields")
-            child = {}
-        node[key] = dict(child)
-        node = node[key]
-    node[leaf] = value
 
 
 def _shown(value: Any) -> str:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from ftray.config.recipe import Recipe
 from ftray.core.errors import ConfigError
 from ftray.core.facts import check_facts
+from ftray.core.paths import value_at
 from ftray.core.spec import dump
 
 SHARED = (
@@ -21,8 +22,8 @@ SHARED = (
 """Fields that belong to the base, to the passes through it or to the group of workers."""
 
 
-class Members:
-    """The members of a population, as a piece of a recipe (`ftray.core.facts`)."""
+class Population:
+    """A population, as a piece of a recipe (`ftray.core.facts`)."""
 
     needs: ClassVar[Mapping[str, str]] = {"local_optimizer": "steps each member by an optimiser of its own"}
 
@@ -36,7 +37,7 @@ def shared_settings(recipe: Recipe) -> dict[str, Any]:
     """The values of the fields of `SHARED`, and of the seed where it makes the base."""
     tree = dump(recipe)
     fields = (*SHARED, "seed") if recipe.model.init == "config" else SHARED
-    return {field: _at(tree, field) for field in fields}
+    return {field: value_at(tree, field) for field in fields}
 
 
 def check_member(recipe: Recipe) -> None:
@@ -48,7 +49,7 @@ def check_member(recipe: Recipe) -> None:
             f"adapt: `{dump(recipe)['adapt']['type']}` trains the base that members of a population share; use "
             "`lora`, or search with `executor: trials`"
         )
-    check_facts({"executor": Members(), "strategy": recipe.strategy})
+    check_facts({"executor": Population(), "strategy": recipe.strategy})
     if recipe.train.profile_steps is not None:
         raise ConfigError("train.profile_steps: one trace a process; remove it for a population")
 
@@ -72,9 +73,3 @@ def check_rows(recipe: Recipe, rows_per_pass: int | None) -> None:
             f"rows_per_pass: {rows_per_pass} is less than `train.per_device_train_batch_size`, {rows}, of a "
             "member; lower that one or raise this one"
         )
-
-
-def _at(tree: Any, field: str) -> Any:
-    for key in field.split("."):
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree

@@ -1,25 +1,6 @@
-"""Paths of a recipe's fields, and what somebody may have meant by one that is not there."""
+"""What somebody may have meant by a name that is not there."""
 
 import difflib
-from collections.abc import Mapping
-from typing import Any
-
-
-def paths(data: Any, prefix: str = "") -> list[str]:
-    """Every dotted path of nested mappings, those of the mappings themselves included."""
-    if not isinstance(data, Mapping):
-        return []
-    found = []
-    for key, value in data.items():
-        found += [prefix + key, *paths(value, f"{prefix}{key}.")]
-    return found
-
-
-def value_at(data: Any, path: str) -> Any:
-    """The value at a dotted path of nested mappings; None where there is none."""
-    for key in path.split("."):
-        data = data.get(key) if isinstance(data, Mapping) else None
-    return data
 
 
 def nearest(name: str, known: list[str]) -> str:

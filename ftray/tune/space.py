@@ -11,9 +11,10 @@ from typing import Any
 
 from ftray.config.constraint import Constraint
 from ftray.core.errors import ConfigError
-from ftray.core.spec import dump, parse, set_path
+from ftray.core.paths import paths, set_path, value_at
+from ftray.core.spec import dump, parse
 from ftray.tune.distribution import parse_distribution
-from ftray.tune.names import nearest, paths, value_at
+from ftray.tune.names import nearest
 
 STRUCTURAL = ("adapt", "data", "model", "objective", "seed")
 """Sections whose value belongs to the trained state: a member takes them over with its donor's checkpoint."""

@@ -5,8 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from ftray.core.paths import value_at
 from ftray.tune.members import status
-from ftray.tune.names import value_at
 from ftray.tune.population import Population
 
 _ALWAYS = ("optim.learning_rate", "adapt.r")

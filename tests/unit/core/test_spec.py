@@ -12,7 +12,8 @@ from pydantic import Field
 from ftray import catalog
 from ftray.config.recipe import DataConfig, Recipe
 from ftray.core.errors import ConfigError, FtrayError
-from ftray.core.spec import Piece, dump, parse, replace, set_path, spec
+from ftray.core.paths import set_path
+from ftray.core.spec import Piece, dump, parse, replace, spec
 
 
 @spec

@@ -2,9 +2,11 @@ import math
 
 import pytest
 
+from ftray.config.constraint import Constraint
 from ftray.core.errors import ConfigError
+from ftray.core.spec import dump, parse
 from ftray.tune.distribution import Uniform, parse_distribution
-from ftray.tune.space import Space, is_structural, unit
+from ftray.tune.space import Space, apply, is_structural, unit
 
 SPACE = {
     "optim.learning_rate": {"loguniform": [1e-4, 1e-2]},
@@ -100,6 +102,44 @@ def test_a_wrong_distribution_is_one_line_that_names_the_path(distribution, word
         Space({"optim.learning_rate": distribution})
     message = str(caught.value)
     assert "\n" not in message and message.startswith("space.optim.learning_rate")
+    assert all(word in message for word in words), message
+
+
+def mixed(make_recipe, corpus):
+    train = [str(corpus["train"]), str(corpus["validation"])]
+    return make_recipe(data__train=train, data__mixture={train[0]: 1, train[1]: 3}), train
+
+
+def test_the_weight_of_one_source_is_a_number_to_search(make_recipe, corpus):
+    recipe, sources = mixed(make_recipe, corpus)
+    path = f"data.mixture.{sources[1]}.weight"
+    rule = parse(Constraint, {"path": path, "at_least": f"data.mixture.{sources[0]}.weight"})
+    space = Space({path: {"uniform": [0.5, 4.0]}}, [rule], dump(recipe))
+    space.check(recipe)
+    drawn = [space.sample(0, member) for member in range(8)]
+    assert len({config[path] for config in drawn}) == 8 and all(1 <= config[path] <= 4 for config in drawn)
+    mixture = apply(recipe, drawn[0]).data.mixture
+    assert [entry.source for entry in mixture] == sources
+    assert [entry.weight for entry in mixture] == [1.0, drawn[0][path]]
+    assert is_structural(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "words"),
+    [
+        ("data.mixture.wiki.jsonl.weight", [0.5, 2.0], ["the recipe has no such field", "did you mean"]),
+        ("data.mixture.weights", [0.5, 2.0], ["the recipe has no such field", "did you mean"]),
+        ("data.mixture.{0}.weight", [0.0, 2.0], ["0.0 is refused", "greater than 0"]),
+        ("data.mixture.{0}", [0.5, 2.0], ["mixture"]),
+    ],
+)
+def test_a_wrong_weight_is_one_line(make_recipe, corpus, path, values, words):
+    recipe, sources = mixed(make_recipe, corpus)
+    path = path.format(sources[0])
+    with pytest.raises(ConfigError) as caught:
+        Space({path: {"uniform": values}}).check(recipe)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(f"space.{path}")
     assert all(word in message for word in words), message
 
 
