@@ -1,15 +1,14 @@
 """`python -m benchmarks.chaos --tune`: searches whose processes are killed, and what became of them.
 
-Each search is the real command (`ftray tune`) on a cluster of its own, training a toy of a quarter of a second a
-step. When its journal has grown to a random length, one of its processes is killed, several times in a row; the
-command is given again with `--resume` until it succeeds. The outcome is compared with that of a search nobody
-disturbed; the campaign fails if one that was disturbed did not end as that one, lost anything or repeated more than
-its kills explain.
+Each search is the real command (`ftray tune`) on a cluster of its own, one of `benchmarks.chaos_search`. When its
+journal has grown to a random length, one of its processes is killed, several times in a row; the command is given
+again with `--resume` until it succeeds. The outcome is compared with that of a search nobody disturbed; the
+campaign fails if one that was disturbed did not end as that one, lost anything or repeated more than its kills
+explain.
 """
 
 import collections
 import contextlib
-import json
 import os
 import platform
 import random
@@ -26,26 +25,25 @@ import psutil
 import yaml
 
 from benchmarks.chaos_log import go_on
+from benchmarks.chaos_search import ARMS, MEMBERS, SEGMENTS, Arm
 from ftray.core.errors import FtrayError
 from ftray.core.fs import read_json
-from ftray.testing.toy_train import RECIPE
 from ftray.tune.journal import Record, read
 from ftray.tune.population import Population, replay
 
 KINDS = ("driver", "trial", "raylet", "driver")
-MEMBERS, SEGMENTS, STEPS = 4, 4, 5
-_KILLS = 3
-_SLOTS = 2
+_KILLS = 4
 _ATTEMPTS = 8
 _WAIT_S = 150.0
 _PROCESS_S = 20.0
-_SPACE = {"optim.learning_rate": {"loguniform": [1e-3, 0.3]}, "adapt.r": {"choice": [2, 4, 8]}}
 
 
 @dataclass
 class Outcome:
     """What became of one disturbed search."""
 
+    arm: str = ""
+    """Which search it was (`benchmarks.chaos_search`)."""
     kinds: list[str] = field(default_factory=list)
     """Whom a kill was delivered to; a search that nobody disturbed counts for nothing."""
     finished: bool = False
@@ -62,13 +60,15 @@ class Outcome:
     """Checkpoints that something referred to after a kill and that were not there."""
     repeated_steps: int = 0
     """Steps done again, in all after all of its kills."""
+    repeatable_per_kill: int = 0
+    """Steps that each kill may have done again."""
     wall_s: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     @property
     def repeatable_steps(self) -> int:
-        """Steps that its kills may have done again: of each, the segments of both slots."""
-        return (len(self.kinds) + self.stalls) * _SLOTS * STEPS
+        """Steps that its kills may have done again."""
+        return (len(self.kinds) + self.stalls) * self.repeatable_per_kill
 
     @property
     def is_kept(self) -> bool:
@@ -88,27 +88,34 @@ class Campaign:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed, self.draw = folder, seed, random.Random(seed)
-        self.members: list[dict[str, Any]] = []
+        self.arms = {arm.name: arm for arm in ARMS}
+        self.members: dict[str, list[dict[str, Any]]] = {}
+        """Of each arm, those of the search that nobody disturbed."""
 
     def reference(self) -> None:
-        """The search nobody disturbs."""
-        process = self.start("reference", *["--resume"] * bool(self.records("reference")))
-        if process.wait(_WAIT_S) != 0:
-            raise RuntimeError("the reference search failed")
-        self.members = state(replay(self.records("reference")))
+        """The searches nobody disturbs."""
+        for arm in self.arms.values():
+            name = f"reference-{arm.name}"
+            if sum(record["kind"] == "commit" for record in self.records(name)) < MEMBERS * SEGMENTS:
+                process = self.start(arm, name, *["--resume"] * bool(self.records(name)))
+                if process.wait(_WAIT_S) != 0:
+                    raise RuntimeError(f"{name} failed")
+            self.members[arm.name] = state(replay(self.records(name)))
 
-    def disturbed(self, number: int, kind: str) -> Outcome:
+    def disturbed(self, number: int) -> Outcome:
         """One search, disturbed by one kind first and by drawn ones after, resumed until it is done."""
+        arm = ARMS[number % len(ARMS)]
         name = f"search-{number:03d}"
-        outcome = Outcome()
+        outcome = Outcome(arm=arm.name, repeatable_per_kill=arm.repeatable_per_kill)
         self.draw = random.Random(f"{self.seed}-{number}")
-        kinds = iter([kind, *self.draw.choices(KINDS, k=_KILLS - 1)])
-        total = len(self.records("reference"))
+        kinds = iter([KINDS[number // len(ARMS) % len(KINDS)], *self.draw.choices(KINDS, k=_KILLS - 1)])
+        total = len(self.records(f"reference-{arm.name}"))
         started, left = time.monotonic(), list[list[Record]]()
-        process = self.start(name)
+        process = self.start(arm, name)
         for outcome.attempts in range(1, _ATTEMPTS + 1):
             at = len(self.records(name)) + self.draw.randrange(1, max(2, total // (_KILLS + 1)))
             if (now := next(kinds, None)) and self.wait_for(name, at, process):
+                time.sleep(self.draw.random() * arm.delay_s)
                 self.disturb(now, process, outcome)
             try:
                 code = process.wait(_WAIT_S)
@@ -116,50 +123,36 @@ class Campaign:
                 outcome.stalls += 1
                 end(process)
                 code = -1
-            outcome.references_missing += self.missing(name)
+            outcome.references_missing += self.missing(arm, name)
             left.append(self.records(name))
             if code == 0:
                 outcome.finished = True
                 break
             end(process)
-            process = self.start(name, "--resume")
+            process = self.start(arm, name, "--resume")
         end(process)
         outcome.wall_s = round(time.monotonic() - started, 1)
-        self.judge(name, outcome, left)
+        self.judge(arm, name, outcome, left)
         return outcome
 
-    def judge(self, name: str, outcome: Outcome, left: list[list[Record]]) -> None:
+    def judge(self, arm: Arm, name: str, outcome: Outcome, left: list[list[Record]]) -> None:
         """Compare with the reference, and with what each driver left."""
         records = self.records(name)
         outcome.journal_kept = all(records[: len(earlier)] == earlier for earlier in left)
-        outcome.same_lineage = state(replay(records)) == self.members
+        outcome.same_lineage = state(replay(records)) == self.members[arm.name]
         ended = (r for r in records if r["kind"] == "commit" or (r["kind"] == "fail" and r["final"]))
         done = {(r["member"], r["segment"]) for r in ended}
         expected = {(m, s) for m in range(MEMBERS) for s in range(SEGMENTS)}
         outcome.trials_lost = len(expected - done)
-        outcome.repeated_steps = self.num_steps(name) - MEMBERS * SEGMENTS * STEPS
+        outcome.repeated_steps = arm.num_steps(self.folder / name) - MEMBERS * SEGMENTS * arm.steps
 
-    def start(self, name: str, *flags: str) -> subprocess.Popen[bytes]:
+    def start(self, arm: Arm, name: str, *flags: str) -> subprocess.Popen[bytes]:
         """`ftray tune`, its output in a file."""
         home = self.folder / name
         home.mkdir(exist_ok=True)
-        (home / "toy.json").write_text(json.dumps({"sleep_s": 0.25}))
-        recipe = {**RECIPE, "data": {"train": str(home / "toy.json")}}
-        (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        search = {
-            "name": "search",
-            "output_dir": str(home),
-            "recipe": str(home / "recipe.yaml"),
-            "space": _SPACE,
-            "num_members": MEMBERS,
-            "num_segments": SEGMENTS,
-            "segment_steps": STEPS,
-            "max_concurrent": _SLOTS,
-            "max_failures": 3,
-            "stall_s": 60.0,
-            "train_fn": "ftray.testing.toy_train:train",
-        }
-        (home / "tune.yaml").write_text(yaml.safe_dump(search))
+        (home / "recipe.yaml").write_text(yaml.safe_dump(arm.recipe(self.folder, home)))
+        where = {"name": "search", "output_dir": str(home), "recipe": str(home / "recipe.yaml")}
+        (home / "tune.yaml").write_text(yaml.safe_dump(where | arm.settings))
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "ftray.cli.main", "tune", str(home / "tune.yaml"), *flags]
         with (home / "log").open("ab") as log:
@@ -178,7 +171,6 @@ class Campaign:
 
     def disturb(self, kind: str, process: subprocess.Popen[bytes], outcome: Outcome) -> None:
         """Kill one process of a search, anywhere in a segment or a commit."""
-        time.sleep(self.draw.random() * 0.4)
         deadline = time.monotonic() + _PROCESS_S
         found = [process.pid] if kind == "driver" else []
         while not found and process.poll() is None and time.monotonic() < deadline:
@@ -209,19 +201,14 @@ class Campaign:
         except FtrayError:
             return []
 
-    def num_steps(self, name: str) -> int:
-        """Steps done so far, repeated ones included."""
-        log = self.folder / name / "toy.log"
-        return len(log.read_text().splitlines()) if log.exists() else 0
-
-    def missing(self, name: str) -> int:
+    def missing(self, arm: Arm, name: str) -> int:
         """Checkpoints that members go on from and that are not there."""
         segments = self.folder / name / "search" / "segments"
         found = 0
         for member in replay(self.records(name)).alive:
             if member.checkpoint is not None:
                 result = read_json(segments / member.checkpoint / "segment.json")
-                found += not (segments / member.checkpoint / result["checkpoint"] / "state.json").is_file()
+                found += not (segments / member.checkpoint / result["checkpoint"] / arm.state_file).is_file()
         return found
 
 
@@ -254,13 +241,17 @@ def summary(outcomes: list[Outcome], minutes: float, seed: int) -> dict[str, Any
         "searches_disturbed": len(disturbed),
         "searches_finished": sum(outcome.finished for outcome in disturbed),
         "kills": dict(collections.Counter(kind for outcome in outcomes for kind in outcome.kinds)),
+        "kills_of": {
+            arm.name: sum(len(outcome.kinds) for outcome in outcomes if outcome.arm == arm.name)
+            for arm in ARMS
+        },
         "lineage_as_undisturbed": sum(outcome.same_lineage for outcome in disturbed),
         "journals_kept": sum(outcome.journal_kept for outcome in disturbed),
         "trials_lost": sum(outcome.trials_lost for outcome in outcomes),
         "referenced_checkpoints_missing": sum(outcome.references_missing for outcome in outcomes),
         "stalls": sum(outcome.stalls for outcome in outcomes),
-        "largest_repeated_steps": max((outcome.repeated_steps for outcome in outcomes), default=0),
-        "repeatable_steps": max((outcome.repeatable_steps for outcome in disturbed), default=0),
+        "repeated_steps": sum(outcome.repeated_steps for outcome in disturbed),
+        "repeatable_steps": sum(outcome.repeatable_steps for outcome in disturbed),
         "promises_broken": sum(not outcome.is_kept for outcome in disturbed),
         "outcomes": [vars(outcome) for outcome in outcomes],
     }
@@ -277,7 +268,7 @@ def campaign(folder: Path, minutes: float, seed: int, quiet: bool) -> dict[str, 
         minutes,
         Outcome,
         searches.reference,
-        lambda number: searches.disturbed(number, KINDS[number % len(KINDS)]),
+        searches.disturbed,
         quiet,
     )
     return summary(outcomes, spent, seed) | {"error": problem}
