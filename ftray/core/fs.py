@@ -196,20 +196,18 @@ def verify_tree(folder: Path, digests: dict[str, str], error: type[FtrayError] =
             raise error(f"{path}: its content is not what was committed; restore it or delete {folder}")
 
 
-def private_dir(path: Path) -> Path:
+def private_dir(path: Path, error: type[FtrayError] = FtrayError) -> Path:
     """A folder that is this user's alone, made when needed, its parents too.
 
     Under a shared folder (`/tmp`) anybody may have made one of this name first, to be believed or to be written to.
-
-    Raises:
-        FtrayError: if it is a link, somebody else's or open to others.
+    Raises `error` (one line) if it is a link, somebody else's or open to others.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise FtrayError(
+        raise error(
             f"{path}: not a folder of this user alone (mode 0700); remove it, or set TMPDIR elsewhere"
         )
     return path

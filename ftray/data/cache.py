@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 
 from ftray.core.errors import DataError
-from ftray.core.fs import digest_file, fsync_path, lock_file
+from ftray.core.fs import digest_file, fsync_path, lock_file, private_dir
 from ftray.data.store import Store
 
 _WAIT_S = 600.0
@@ -20,7 +20,7 @@ class NodeCache:
     A file that a process has mapped stays readable after it is removed, so eviction asks nobody.
 
     Args:
-        folder: where the copies are; default: `ftray-shards` in the temporary folder.
+        folder: where the copies are, this user's alone; default: `ftray-shards-<uid>` in the temporary folder.
         max_bytes: size of all copies together; a single file may be larger.
     """
 
@@ -33,8 +33,10 @@ class NodeCache:
         """A local copy of a file of the store.
 
         Raises:
-            DataError: one line, if it cannot be read or is not what the digest says.
+            DataError: one line, if it cannot be read or is not what the digest says, or if somebody else could
+                have written the copy.
         """
+        private_dir(self.folder, DataError)
         path = self.folder / digest.removeprefix("xxh3:")
         if self._touch(path) and self._is_good(path, digest):
             return path

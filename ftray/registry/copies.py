@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ftray.core.errors import FtrayError, RegistryError
+from ftray.core.errors import RegistryError
 from ftray.core.fs import private_dir
 
 _IN_USE_S = 3600.0
@@ -34,10 +34,7 @@ class Copies:
         Raises:
             RegistryError: if somebody else could have written there.
         """
-        try:
-            private_dir(self._own)
-        except FtrayError as error:
-            raise RegistryError(str(error)) from None
+        private_dir(self._own, RegistryError)
         path = self.root / name
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.utime(path)

@@ -206,7 +206,7 @@ def largest_difference(losses: list[float], reference: list[float]) -> float:
 
 def table(found: list[Difference], left_out: Sequence[LeftOut] = ()) -> list[str]:
     """The comparison in words, a line for each variant."""
-    width = max(len(row.name) for row in (*found, *left_out))
+    width = max(len(name) for name in (*(row.name for row in found), *(row.name for row in left_out)))
     head = f"{'':{width}}  largest relative difference of {len(found[0].losses)} losses, float32"
     rows = [
         f"{row.name:{width}}  {row.relative:.1e}  {'' if row.relative <= TOLERANCE else '<- differs'}".rstrip()

@@ -140,6 +140,30 @@ def test_a_mixture_lets_go_of_windows(
     assert feed._ahead is not None, "the next windows are fetched"
 
 
+@pytest.mark.parametrize("whose", ["a link", "open to others", "somebody else's"])
+def test_a_node_cache_that_others_could_write_to_is_refused(
+    whose: str, write_rows: WriteRows, config: Make, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    shards = Shards(prepare_local(config(corpus(write_rows), cache_dir=URL), tokenizer_folder))
+    folder = tmp_path / f"ftray-shards-{os.getuid()}"
+    if whose == "a link":
+        (tmp_path / "theirs").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "theirs")
+    else:
+        folder.mkdir(mode=0o700)
+    if whose == "open to others":
+        folder.chmod(0o770)
+    with pytest.MonkeyPatch.context() as patch:
+        if whose == "somebody else's":
+            uid = os.getuid() + 1
+            patch.setattr(os, "getuid", lambda: uid)
+        with pytest.raises(DataError, match="not a folder of this user alone"):
+            shards.row(0)
+    assert not list(folder.iterdir())
+    folder.unlink() if folder.is_symlink() else folder.rmdir()
+    assert len(shards.row(0).input_ids) and folder.stat().st_mode & 0o777 == 0o700
+
+
 def test_what_a_killed_fetch_left_goes(tmp_path: Path, write_rows: WriteRows, config: Make) -> None:
     cache = NodeCache(tmp_path / "node", max_bytes=1000)
     cache.folder.mkdir()
