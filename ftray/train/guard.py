@@ -7,6 +7,7 @@ sleeps, one that holds the interpreter's lock and one that is stopped are found 
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -16,9 +17,14 @@ import time
 from pathlib import Path
 
 POLL_S = 0.2
-STACKS_WAIT_S = 2.0
+STACKS_WAIT_S = 1.0
+"""Until a handler has begun to write."""
 GRACE_S = 3.0
 """Between the stacks and the end: time for the other ranks' stacks, and for the process to end by itself."""
+ALL_STACKS = signal.SIGUSR2
+"""Has the stacks of all threads written: of the newest hundred, as CPython bounds it."""
+ONE_STACK = signal.SIGRTMIN + 5
+"""Has the stack of the thread that gets it written."""
 
 
 class Guard:
@@ -33,6 +39,8 @@ class Guard:
     def __init__(self, pid: int, rank: int, stacks: Path) -> None:
         self.pid, self.rank, self.stacks = pid, rank, stacks
         self.doing, self.allowed_s = "start", None
+        self.thread = pid
+        """System's number of the thread that trains; that of the main thread is the process's."""
         self.silent_s, self.started, self.dumped = 0.0, time.time(), False
 
     def run(self) -> None:
@@ -58,7 +66,7 @@ class Guard:
     def _hear(self, data: bytes) -> None:
         with contextlib.suppress(ValueError):
             message = json.loads(data.splitlines()[-1])
-            self.doing, self.allowed_s = message["doing"], message["allowed_s"]
+            self.doing, self.allowed_s, self.thread = (message[k] for k in ("doing", "allowed_s", "thread"))
         self.silent_s = 0.0
 
     def _another_hangs(self) -> bool:
@@ -86,14 +94,25 @@ class Guard:
         self._signal(signal.SIGKILL)
 
     def _dump(self) -> None:
-        """Have the stacks written; a stopped process is continued for it."""
+        """Have the stacks written, and again those that must not be missing; a stopped process is continued."""
         self.dumped = True
-        before = self._size()
-        self._signal(signal.SIGUSR2)
+        self._wait_for_stacks(ALL_STACKS)
+        for what, thread in {"main thread": self.pid, "thread that trains": self.thread}.items():
+            with contextlib.suppress(OSError), self.stacks.open("a") as file:
+                file.write(f"\n{what} ({thread}): ")
+            self._wait_for_stacks(ONE_STACK, thread)
+
+    def _wait_for_stacks(self, number: int, thread: int | None = None) -> None:
+        """Ask for stacks; until they are written, for two handlers would write into each other's lines."""
+        before = size = self._size()
+        self._signal(number, thread)
         self._signal(signal.SIGCONT)
         deadline = time.monotonic() + STACKS_WAIT_S
-        while self._size() == before and time.monotonic() < deadline:
+        while time.monotonic() < deadline and os.getppid() == self.pid:
             time.sleep(0.05)
+            size, last = self._size(), size
+            if size == last != before:
+                return
 
     def _size(self) -> int:
         try:
@@ -101,10 +120,14 @@ class Guard:
         except OSError:
             return -1
 
-    def _signal(self, number: signal.Signals) -> None:
+    def _signal(self, number: int, thread: int | None = None) -> None:
+        """Send a signal to the parent, or to one thread of it."""
         if os.getppid() == self.pid:  # never another process that got the same number
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError, AttributeError):  # a C library without `tgkill`
+                if thread is None:
+                    os.kill(self.pid, number)
+                else:
+                    ctypes.CDLL(None).tgkill(self.pid, thread, number)
 
 
 if __name__ == "__main__":

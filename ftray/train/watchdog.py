@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, cast
@@ -57,9 +58,9 @@ class Watchdog:
         allowed_s = self._step_s if phase == "step" else self._slow_s
         doing = f"step {step + 1}" if phase == "step" else f"{phase} at step {step}"
         if self._guard is not None and self._guard.stdin is not None:
-            message = json.dumps({"doing": doing, "allowed_s": allowed_s}).encode() + b"\n"
+            message = {"doing": doing, "allowed_s": allowed_s, "thread": threading.get_native_id()}
             with contextlib.suppress(OSError):  # a full pipe; a guard that was killed is missed, not needed
-                os.write(self._guard.stdin.fileno(), message)
+                os.write(self._guard.stdin.fileno(), json.dumps(message).encode() + b"\n")
         now = time.monotonic()
         if phase != self._last_phase or now - self._last > _EVERY_S:
             self._last, self._last_phase = now, phase
@@ -78,9 +79,10 @@ class Watchdog:
             self._guard.kill()
             self._guard.wait()
             self._guard = None
-            faulthandler.unregister(signal.SIGUSR2)
+            faulthandler.unregister(guard.ONE_STACK)
+            faulthandler.unregister(guard.ALL_STACKS)
             if self._raises:
-                signal.signal(signal.SIGUSR2, self._before)
+                signal.signal(guard.ALL_STACKS, self._before)
             self._file.close()
             path = Path(self._file.name)
             with contextlib.suppress(OSError):
@@ -93,15 +95,20 @@ class Watchdog:
         path = folder / f"rank-{rank}-{os.getpid()}.txt"
         self._file = path.open("a")
         if threading.current_thread() is threading.main_thread():
-            self._raises, self._before = True, signal.signal(signal.SIGUSR2, self._hung)
-        faulthandler.register(signal.SIGUSR2, self._file, all_threads=True, chain=self._raises)
+            self._raises, self._before = True, signal.signal(guard.ALL_STACKS, self._hung)
+        faulthandler.register(guard.ALL_STACKS, self._file, all_threads=True, chain=self._raises)
+        faulthandler.register(guard.ONE_STACK, self._file, all_threads=False)
         command = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(rank), str(path)]
         self._guard = subprocess.Popen(command, stdin=subprocess.PIPE)
         assert self._guard.stdin is not None
         os.set_blocking(self._guard.stdin.fileno(), False)
 
     def _hung(self, signum: int, frame: FrameType | None) -> None:
-        del signum, frame
+        del signum
+        if self._file is not None:
+            self._file.write("\nmain thread, when Python ran again:\n")
+            traceback.print_stack(frame, file=self._file)
+            self._file.flush()
         told = hung(self._path.parents[1])
         raise TrainError(told or "a rank of this run hangs")
 

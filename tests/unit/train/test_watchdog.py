@@ -47,6 +47,20 @@ dog.beat(3, "update")
 os.kill(os.getpid(), signal.SIGSTOP)
 sum(range(10**14))
 """,
+    "is one of many threads": """
+def trains():
+    dog = Watchdog(folder, 0, 0.5, 0.5)
+    for _ in range(120):
+        threading.Thread(target=never.wait, daemon=True).start()
+    dog.beat(3, "update")
+    sum(range(10**14))
+def waits_for_it():
+    thread.join()
+never = threading.Event()
+thread = threading.Thread(target=trains)
+thread.start()
+waits_for_it()
+""",
 }
 WAITED_FOR = "holds the interpreter's lock"
 HEAD = """
@@ -58,7 +72,7 @@ folder = Path(sys.argv[1])
 
 
 def test_hung_processes_leave_their_stacks_and_are_ended(tmp_path: Path) -> None:
-    """Three kinds of hanging, each a run of its own, and a rank that waits, far from its own limit."""
+    """All kinds of hanging, each a run of its own, and a rank that waits, far from its own limit."""
     dogs: list[Watchdog] = []
     # Made by another thread, as in a worker, it only writes the stacks of this process.
     thread = threading.Thread(target=lambda: dogs.append(Watchdog(tmp_path / WAITED_FOR, 1, 1e3, 1e3)))
@@ -88,6 +102,11 @@ def check(folder: Path, kind: str, process: subprocess.Popen[str], stderr: str) 
         assert process.returncode == -signal.SIGKILL and stderr.startswith(f"error: {what}; stacks: ")
     [stacks] = (folder / "stacks").glob("rank-0-*.txt")
     assert "hread 0x" in stacks.read_text() and 'File "<string>"' in stacks.read_text()
+    if kind == "is one of many threads":  # more than are written of all
+        newest, _, rest = stacks.read_text().partition("main thread (")
+        main, _, trains = rest.partition("thread that trains (")
+        assert "in waits_for_it" in main and "in trains" in trains
+        assert "in trains" not in newest and newest.count("in wait") >= 99
     report = hung(folder)
     assert report is not None and "raise `train.watchdog_s`" in report
     progress = read_json(folder / "progress" / "rank-0.json")
