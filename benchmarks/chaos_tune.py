@@ -108,15 +108,17 @@ class Campaign:
         name = f"search-{number:03d}"
         outcome = Outcome(arm=arm.name, repeatable_per_kill=arm.repeatable_per_kill)
         self.draw = random.Random(f"{self.seed}-{number}")
-        kinds = iter([KINDS[number // len(ARMS) % len(KINDS)], *self.draw.choices(KINDS, k=_KILLS - 1)])
+        kinds = [KINDS[number // len(ARMS) % len(KINDS)], *self.draw.choices(KINDS, k=_KILLS - 1)]
         total = len(self.records(f"reference-{arm.name}"))
         started, left = time.monotonic(), list[list[Record]]()
         process = self.start(arm, name)
         for outcome.attempts in range(1, _ATTEMPTS + 1):
-            at = len(self.records(name)) + self.draw.randrange(1, max(2, total // (_KILLS + 1)))
-            if (now := next(kinds, None)) and self.wait_for(name, at, process):
+            # Until the driver is dead: it goes on after the end of a trial.
+            while kinds and self.wait_for(
+                name, self.draw.randrange(1, max(2, total // (_KILLS + 1))), process
+            ):
                 time.sleep(self.draw.random() * arm.delay_s)
-                self.disturb(now, process, outcome)
+                self.disturb(kinds.pop(0), process, outcome)
             try:
                 code = process.wait(_WAIT_S)
             except subprocess.TimeoutExpired:
@@ -161,8 +163,9 @@ class Campaign:
             )
 
     def wait_for(self, name: str, num_records: int, process: subprocess.Popen[bytes]) -> bool:
-        """True when the journal is so long, False if the search ended before."""
+        """True when the journal is longer by so many, False if the search ended before."""
         deadline = time.monotonic() + _WAIT_S
+        num_records += len(self.records(name))
         while len(self.records(name)) < num_records:
             if process.poll() is not None or time.monotonic() > deadline:
                 return False

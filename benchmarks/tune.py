@@ -2,7 +2,10 @@
 
     python -m benchmarks.tune --json
 
-`tune_efficiency`: seconds that trials trained over (wall x slots), of a search over Ray Tune with reused actors.
+`tune_efficiency`: seconds of trials over (wall x slots), of a search over Ray Tune with reused actors; a trial's
+seconds are all from its model's building to its delta, those of `tune_steps_efficiency` the ones it takes steps in.
+`tune_spread_...`: the same where each trial is a Ray Train group of as many workers as there are slots, with a CPU
+for each; the seconds of a trial then hold the start of its group.
 Its base is a small Llama trained here on docstrings of the standard library; the rows are functions of it with the
 first line of their docstring. `pbt_vs_random`, `pbt_vs_asha`: see `benchmarks/tune_policies.py`; needs a walked
 quickstart (`ftray quickstart`) in this directory.
@@ -29,7 +32,12 @@ from ftray.config.load import write_resolved
 from ftray.config.recipe import Recipe
 from ftray.config.tune import TuneConfig
 from ftray.core.spec import parse
+from ftray.train.track.jsonl import read_records
 from ftray.tune.ray_trials import run
+from ftray.tune.result import TuneResult
+
+_SHORT = 40
+"""Steps of the trials that say how long a step takes."""
 
 SPACE = {
     "optim.learning_rate": {"loguniform": [1e-4, 1e-1]},
@@ -119,27 +127,41 @@ class Bench:
         return parse(TuneConfig, settings | changes)
 
     def efficiency(self, trial_s: float, slots: int) -> dict[str, float]:
-        """Seconds of training over wall x slots: two trials a slot, of about `trial_s` each, after a short one."""
-        one = {"policy": "random", "num_segments": 1}
+        """What is made of the CPUs: two trials a slot, of about `trial_s` each; then two runs of many workers."""
         with session(num_cpus=slots):
-            short = run(
-                self.search("calibrate", 0, **one, num_members=slots, segment_steps=40, max_concurrent=slots)
-            )
-            steps = round(40 * trial_s / (short.cost.seconds / slots))
-            config = self.search(
-                "efficiency", 0, **one, num_members=2 * slots, segment_steps=steps, max_concurrent=slots
-            )
-            started = time.perf_counter()
-            result = run(config)
-            wall_s = time.perf_counter() - started
+            alone = self._spent("alone", trial_s, slots, num_trials=2 * slots, max_concurrent=slots)
+            group = f"strategy={{type: ddp, num_workers: {slots}, cpus_per_worker: 0.9}}"
+            spread = self._spent("spread", trial_s, 1, spread=True, overrides=[group], num_trials=2)
+        figures = {"slots": slots, **alone}
+        return figures | {name.replace("tune", "tune_spread", 1): value for name, value in spread.items()}
+
+    def _spent(
+        self, name: str, trial_s: float, side_by_side: int, num_trials: int, **changes: Any
+    ) -> dict[str, float]:
+        """Parts of wall x CPUs, of trials of which so many run side by side, after short ones for their length."""
+        one = {"policy": "random", "num_segments": 1, "max_concurrent": side_by_side} | changes
+        short = run(self.search(f"{name}-short", 0, **one, num_members=side_by_side, segment_steps=_SHORT))
+        steps = round(_SHORT * trial_s / (stepped_s(short) / side_by_side))
+        config = self.search(name, 0, **one, num_members=num_trials, segment_steps=steps)
+        started = time.perf_counter()
+        result = run(config)
+        wall_s = time.perf_counter() - started
+        whole = wall_s * side_by_side
         return {
-            "tune_efficiency": round(result.cost.seconds / (wall_s * slots), 4),
-            "tune_cpu_efficiency": round(result.cost.cpu_s / (wall_s * slots), 4),
-            "trials": result.num_segments,
-            "mean_trial_s": round(result.cost.seconds / result.num_segments, 1),
-            "wall_s": round(wall_s, 1),
-            "slots": slots,
+            "tune_efficiency": round(result.cost.seconds / whole, 4),
+            "tune_steps_efficiency": round(stepped_s(result) / whole, 4),
+            "tune_trials": result.num_segments,
+            "tune_mean_trial_s": round(result.cost.seconds / result.num_segments, 1),
+            "tune_wall_s": round(wall_s, 1),
         }
+
+
+def stepped_s(result: TuneResult) -> float:
+    """Seconds that the trials of a search took steps in, summed."""
+    found = 0.0
+    for path in (result.folder / "segments").glob("*/metrics.jsonl"):
+        found += max(record.get("elapsed_s", 0.0) for record in read_records(path))
+    return found
 
 
 def main() -> None:

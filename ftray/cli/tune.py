@@ -148,8 +148,9 @@ def _words(result: "TuneResult") -> list[str]:
         f"{result.num_segments} segments of {result.num_members} members in {result.seconds:.0f} s; "
         f"{result.num_exploits} exploits, {result.num_perturbations} perturbations, "
         f"{result.num_replaced} members replaced, {result.num_failures} failed attempts",
-        f"cost: {cost.tokens:,} tokens, {cost.cpu_s:,.0f} CPU seconds; all members to the end: "
-        f"{cost.tokens_to_the_end:,} tokens, {cost.cpu_s_to_the_end:,.0f} CPU seconds ({cost.saved:.0%} saved)",
+        f"cost: {cost.tokens:,} tokens, {cost.cpu_s:,.0f} CPU and {cost.gpu_s:,.0f} GPU seconds; "
+        f"all members to the end: {cost.tokens_to_the_end:,} tokens, {cost.cpu_s_to_the_end:,.0f} CPU seconds "
+        f"({cost.saved:.0%} saved)",
         f"winner: member {result.member}, {result.metric} {result.score:.4f}, {result.config}",
     ]
 

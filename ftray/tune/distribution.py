@@ -64,8 +64,8 @@ class Uniform:
         return target
 
     def edges(self) -> list[Any]:
-        """Both bounds."""
-        return [self._rounded(self.low), self._rounded(self.high)]
+        """Both bounds, and what lies between them: a field of whole numbers takes 1.0, but not 1.38."""
+        return [self._rounded(self.low), self._rounded(self.high), self.at(0.38)]
 
     def points(self) -> list[Any] | None:
         """Every step from `low` on; None without steps."""

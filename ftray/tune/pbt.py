@@ -104,4 +104,6 @@ class PBT:
             config=config,
             perturbed=config != donor.config,
             replaced=broken,
+            old_config=member.config,
+            old_score=member.score,
         )

@@ -51,11 +51,17 @@ class Decision:
     donor: int
     checkpoint: str
     score: float
+    """The donor's."""
     config: dict[str, Any]
+    """What the member is trained with from here on."""
     perturbed: bool
     """Whether the configuration differs from the donor's."""
     replaced: bool
     """Whether the member had diverged or crashed."""
+    old_config: dict[str, Any] = field(default_factory=dict)
+    """What the member was trained with before."""
+    old_score: float | None = None
+    """What it had reached with it; None: nothing finite."""
 
 
 class Population:

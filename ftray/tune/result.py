@@ -29,6 +29,8 @@ class Cost:
     """CPU seconds of the training processes."""
     seconds: float
     """Seconds of training, summed over segments that ran side by side."""
+    gpu_s: float
+    """GPU seconds: those of training, times `gpus_per_trial`."""
     segments_to_the_end: int
     tokens_to_the_end: int
     cpu_s_to_the_end: float
@@ -113,20 +115,22 @@ def summarise(config: TuneConfig, folder: Path, records: Sequence[Record], secon
         num_failures=sum(record["kind"] == "fail" for record in records),
         num_drivers=population.epoch,
         seconds=round(seconds, 3),
-        cost=cost(commits, len(population.members) * config.num_segments),
+        cost=cost(commits, len(population.members) * config.num_segments, config.gpus_per_trial),
     )
 
 
-def cost(commits: Sequence[Record], segments_to_the_end: int) -> Cost:
-    """Sum up the segments that were finished."""
+def cost(commits: Sequence[Record], segments_to_the_end: int, gpus: float) -> Cost:
+    """Sum up the segments that were finished, each on so many GPUs."""
     tokens = sum(record.get("tokens", 0) for record in commits)
     cpu_s = sum(record.get("cpu_s", 0.0) for record in commits)
+    seconds = sum(record["seconds"] for record in commits)
     times = segments_to_the_end / len(commits)
     return Cost(
         segments=len(commits),
         tokens=tokens,
         cpu_s=round(cpu_s, 1),
-        seconds=round(sum(record["seconds"] for record in commits), 1),
+        seconds=round(seconds, 1),
+        gpu_s=round(seconds * gpus, 1),
         segments_to_the_end=segments_to_the_end,
         tokens_to_the_end=round(tokens * times),
         cpu_s_to_the_end=round(cpu_s * times, 1),

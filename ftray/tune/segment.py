@@ -266,6 +266,8 @@ def _disk_is_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
+        if os.strerror(errno.ENOSPC) in str(error):  # safetensors' own error has no number
+            return True
         error = error.__cause__ or error.__context__
     return False
 

@@ -88,6 +88,9 @@ def test_a_search_trains_every_segment_and_exploits_between_generations(tmp_path
             donor = start[decision["donor"], record["segment"]]["config"]
             assert after["config"]["adapt.r"] == donor["adapt.r"]
             assert after["config"]["optim.learning_rate"] != donor["optim.learning_rate"]
+            before = start[decision["member"], record["segment"]]["config"]
+            assert decision["old_config"] == before and decision["config"] == after["config"] != before
+            assert decision["old_score"] > decision["score"]
     best = engine.population.best("min")
     assert best is not None and best.score == min(m.score for m in engine.population.members)
 

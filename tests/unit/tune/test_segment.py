@@ -2,17 +2,21 @@
 
 import contextlib
 import json
+import shutil
 import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ftray.config.recipe import Recipe
 from ftray.config.tune import TRAIN_FN, TuneConfig
 from ftray.core.errors import ConfigError
 from ftray.core.spec import parse
 from ftray.core.spec import replace as spec_replace
+from ftray.testing import toy_train
 from ftray.train.track.jsonl import read_records
 from ftray.tune.as_searched import in_steps, segment_recipe
 from ftray.tune.engine import Segment
@@ -131,8 +135,6 @@ def test_a_space_is_checked_against_the_recipe(recipe):
 
 
 def test_a_delta_outside_the_segment_is_an_invariant_broken(job, monkeypatch, tmp_path):
-    from ftray.testing import toy_train
-
     elsewhere = SimpleNamespace(
         checkpoint=tmp_path / "elsewhere", delta=None, metrics={"eval_loss": 1.0}, tokens=1
     )
@@ -140,7 +142,7 @@ def test_a_delta_outside_the_segment_is_an_invariant_broken(job, monkeypatch, tm
     assert "elsewhere" in run_segment(job, SEGMENT).error
 
 
-def test_a_full_disk_ends_the_search_and_not_the_member(job, tmp_path):
+def test_a_full_disk_ends_the_search_and_not_the_member(job, tmp_path, monkeypatch):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -157,6 +159,12 @@ def test_a_full_disk_ends_the_search_and_not_the_member(job, tmp_path):
         assert outcome.fatal and not outcome.retry and outcome.score is None
         assert "the disk is full; make room" in outcome.error and "\n" not in outcome.error
         (disk / "filler").unlink()
+        weights = {"w": torch.zeros(50_000)}
+        with monkeypatch.context() as patched:
+            patched.setattr(toy_train, "train", lambda _, io, **more: save_file(weights, io.run_dir / "w"))
+            outcome = run_segment(full, SEGMENT)  # safetensors has an error of its own
+        assert outcome.fatal and "the disk is full; make room" in outcome.error
+        shutil.rmtree(disk / "search")
         assert run_segment(full, SEGMENT).error == ""
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -143,6 +143,14 @@ def test_a_wrong_weight_is_one_line(make_recipe, corpus, path, values, words):
     assert all(word in message for word in words), message
 
 
+def test_a_range_is_tried_between_its_bounds_too(make_recipe):
+    with pytest.raises(
+        ConfigError, match=r"space\.adapt\.r: adapt\.r: 3\.66 is refused; input should be a valid integer"
+    ):
+        Space({"adapt.r": {"uniform": [1, 8]}}).check(make_recipe())
+    Space({"adapt.r": {"int": [1, 8]}}).check(make_recipe())
+
+
 def test_paths_the_search_sets_itself_are_refused():
     for path in ("train.max_steps", "name", "strategy", "strategy.num_workers", "train"):
         with pytest.raises(ConfigError, match=f"space.{path}: the search sets"):
