@@ -70,6 +70,7 @@ class Slots:
         try:
             host = self.places.read(folder)
         except OwnWeightsError:
+            self._forget_waiting_own()
             host = self.places.read_own(folder)
         self._take(entry, host)
         if self._has_room(entry):
@@ -173,8 +174,7 @@ class Slots:
         ahead = [*self._reading, *(other for other in self._kept if other.in_flight)]
         if entry.reading or len(ahead) >= max(_READ_AHEAD, self.max_slots):
             return
-        # One whole set of weights waits at most.
-        if not entry.mixed_batch and not all(other.mixed_batch for other in ahead):
+        if not entry.mixed_batch and self._num_own() > self.max_own:
             return
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="ftray-deltas")
@@ -183,6 +183,23 @@ class Slots:
         entry.reading = self._reader.submit(fetch, read, entry.source)
         entry.reading.add_done_callback(lambda _: self._done.set())
         self._reading.add(entry)
+
+    def _num_own(self) -> int:
+        """Whole models in memory, and those being read."""
+        return sum(not entry.mixed_batch for entry in [*self._placed, *self._kept, *self._reading])
+
+    def _forget_waiting_own(self) -> None:
+        """Let go of whole models that are not in place, so that one can be read; those who wait read them again."""
+        for entry in [entry for entry in self._reading if not entry.mixed_batch]:
+            reading, entry.reading = entry.reading, None
+            assert reading is not None
+            self._reading.discard(entry)
+            if not reading.cancel():
+                reading.exception()  # waits until it is there; a failure is met again by who reads again
+            del reading
+        for entry in [entry for entry in self._kept if not entry.mixed_batch]:
+            del self._kept[entry]
+            entry.host = None
 
     def _take(self, entry: Entry, host: HostDelta) -> None:
         if entry.digest and entry.digest != host.digest:
