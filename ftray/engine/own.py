@@ -16,6 +16,7 @@ from ftray.adapt.peft_files import CONFIG, WEIGHTS, OtherKindError
 from ftray.core.errors import DeltaError, FtrayError
 from ftray.core.fs import read_json
 from ftray.delta.manifest import Delta
+from ftray.model.build import cast_weights
 from ftray.model.folder import load_config
 
 _TOLERANCE = 1e-3
@@ -67,7 +68,7 @@ class OwnReader:
         try:
             if delta is not None and delta.kind == "replacement":
                 self._check_config(folder)
-                kind, model = "replacement", _load(folder)
+                kind, model = "replacement", _load(folder, self._dtype)
             else:
                 kind, model = self._merged(folder)
         except FtrayError as error:
@@ -85,7 +86,7 @@ class OwnReader:
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise DeltaError(f"{folder}: `{name}` holds values that are not finite; train it again")
-        return OwnWeights(digest, kind, model.to(self._dtype).eval().requires_grad_(False))
+        return OwnWeights(digest, kind, cast_weights(model, self._dtype).requires_grad_(False))
 
     def _check_config(self, folder: Path) -> None:
         """Weights alone may differ: only the base's own settings were checked to keep rows of a step apart."""
@@ -102,7 +103,7 @@ class OwnReader:
         from peft import PeftModel, get_peft_model_state_dict
 
         kind = _checked_kind(folder)
-        adapted = PeftModel.from_pretrained(_load(self._base), str(folder)).eval()
+        adapted = PeftModel.from_pretrained(_load(self._base, torch.float32), str(folder)).eval()
         used = get_peft_model_state_dict(adapted).keys()
         with safe_open(folder / WEIGHTS, "pt") as file:
             if unused := sorted(set(file.keys()) - used):
@@ -149,13 +150,13 @@ def _checked_kind(folder: Path) -> str:
     return str(config.get("peft_type"))
 
 
-def _load(folder: Path) -> Any:
-    """A model in float32, built without touching what other threads build: ours patches torch for the time."""
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    """A model, built without touching what other threads build: `load_model` patches torch for the time."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder)
     return AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
     ).eval()
 
 

@@ -11,7 +11,7 @@ from ftray.delta import manifest
 from ftray.delta.parity import Parity
 from ftray.delta.source import Sites
 from ftray.engine.api import EngineConfig, Request, Sampling
-from ftray.model.build import DTYPES, load_model
+from ftray.model.build import DTYPES, cast_weights, load_model
 from ftray.model.folder import resolve_folder
 from ftray.model.tokenizer import load_tokenizer
 from ftray.registry.shelf import VERSION_FILE
@@ -51,7 +51,7 @@ def certify(folder: Path, base: str, engine: EngineConfig) -> Parity:
             change = source.change(name, parameters[name])
             if change is not None:
                 parameters[name].add_(change)
-        merged = _logprobs(model.to(DTYPES[dtype]), prompts)
+        merged = _logprobs(cast_weights(model, DTYPES[dtype]), prompts)
     del model, sites, source, parameters
     info, served = _served(engine, base, folder, prompts)
     return Parity(

@@ -158,6 +158,13 @@ def load_model(folder: str | Path, *, dtype: str = "float32", attn: str = attent
     return model.eval()
 
 
+def cast_weights(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its weights in a type, one after the other; buffers, as rotary frequencies, stay exact."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def _read_part(origin: Origin, model: nn.Module, parameter: nn.Parameter) -> torch.Tensor:
     """What this rank holds of a parameter; of a sharded one no more is read."""
     if not isinstance(parameter, DTensor):

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from ftray.core.errors import DeltaError
+from ftray.delta import manifest
+from ftray.delta.adopt import adopt
 from ftray.engine.api import Output, Request, Sampling
 from ftray.engine.core import StepEngine
 from ftray.engine.hf_generate import HFGenerateConfig
+from ftray.engine.own import OwnReader
 from ftray.engine.torch_engine import TorchEngineConfig
+from ftray.model.build import load_model
+from ftray.model.identity import base_identity
 from ftray.testing import tiny
 from tests.peft_reference import MARGIN, Reference
 
@@ -99,9 +104,6 @@ def test_an_adapted_output_head_is_merged(tmp_path: Path) -> None:
 
 def replacement(base: Path, folder: Path, **overrides: Any) -> Path:
     """Whole weights of another seed, as a delta."""
-    from ftray.delta import manifest
-    from ftray.model.identity import base_identity
-
     tuned = tiny.tiny_base(folder, seed=7, **overrides)
     for file in tuned.iterdir():
         if file.suffix not in (".safetensors",) and file.name not in (
@@ -126,6 +128,21 @@ def test_replacement_weights_answer_beside_the_base(tiny_base: Path, tmp_path: P
     refusing = TorchEngineConfig(kv_cache_tokens=512, max_own_weights=0).build(str(tiny_base))
     with pytest.raises(DeltaError, match="max_own_weights"):
         refusing.load_delta("tuned", str(tuned))
+
+
+@pytest.mark.parametrize("kind", ["replacement", "ia3"])
+def test_only_weights_become_narrow(tiny_base: Path, tmp_path: Path, kind: str) -> None:
+    """Rotary frequencies in bfloat16 would turn far positions by other angles."""
+    model = load_model(tiny_base, dtype="bfloat16")
+    if kind == "replacement":
+        folder = replacement(tiny_base, tmp_path / "x")
+    else:
+        adopt(save(tiny_base, tmp_path / "peft", kinds()[kind], 1), str(tiny_base), folder := tmp_path / "x")
+    own = OwnReader(tiny_base, model).read(folder, manifest.read(folder), "digest").model
+    assert {parameter.dtype for parameter in own.parameters()} == {torch.bfloat16}
+    ours, theirs = dict(own.named_buffers()), dict(model.named_buffers())
+    assert ours.keys() == theirs.keys() and "model.rotary_emb.inv_freq" in ours
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 DYNAMIC = {
