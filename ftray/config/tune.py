@@ -59,6 +59,8 @@ class TuneConfig:
     """CPUs one segment takes."""
     gpus_per_trial: float = Field(default=0.0, ge=0)
     """GPUs one segment takes, or a population; with `spread` the workers of its group claim theirs instead."""
+    resources_per_trial: dict[str, float] = Field(default_factory=dict)
+    """Further resources of Ray that one trial claims, named as nodes were started with them: `{fast_disk: 1}`."""
     spread: bool = False
     """Train each segment as the recipe's `strategy` says, in a Ray Train group of its own (about 20 s to start), if
     that is more than one worker. Otherwise one worker trains it, which changes its result by rounding only."""
@@ -81,5 +83,16 @@ class TuneConfig:
             raise ConfigError("segment_tokens: also `segment_evaluations` is set; keep one of the two")
         if self.spread and self.train_fn != TRAIN_FN:
             raise ConfigError(f"spread: {self.train_fn} runs in one process; leave one of the two out")
+        _check_resources(self.resources_per_trial)
         if not is_name(self.name):
             raise ConfigError(f"name: {self.name!r} is refused; use a-z, 0-9, `.`, `_`, `-`")
+
+
+def _check_resources(resources: dict[str, float]) -> None:
+    for name, amount in resources.items():
+        if name.lower() in ("cpu", "gpu"):
+            raise ConfigError(
+                f"resources_per_trial: {name} has a field of its own: `{name.lower()}s_per_trial`"
+            )
+        if not 0 < amount < float("inf"):
+            raise ConfigError(f"resources_per_trial: {name}: {amount:g} is refused; claim more than 0")

@@ -151,7 +151,7 @@ def _one_line(cls: type, error: pydantic.ValidationError) -> str:
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _fields_at(cls, location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
+        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known) or 'none'}"
         return f"{field}: unknown key; {hint}{more}"
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{field}: missing; give it a value{more}"

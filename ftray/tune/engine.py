@@ -31,6 +31,7 @@ NOT_IDENTITY = (
     "max_concurrent",
     "cpus_per_trial",
     "gpus_per_trial",
+    "resources_per_trial",
     "stall_s",
 )
 """Settings that may change between a search and its resumption."""

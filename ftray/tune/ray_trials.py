@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -34,6 +34,7 @@ from ftray.tune.engine import Engine, OnRecord, Segment
 from ftray.tune.local import open_search, take
 from ftray.tune.members import JOURNAL
 from ftray.tune.plots import plot
+from ftray.tune.ray_results import results
 from ftray.tune.result import TuneResult, summarise, write_result
 from ftray.tune.segment import Job, Outcome
 from ftray.tune.stall import StallWatch
@@ -56,6 +57,7 @@ def run(
     resume: bool = False,
     on_record: OnRecord = lambda record: None,
     on_prepare: Progress = no_progress,
+    callbacks: Sequence[tune.Callback] = (),
 ) -> TuneResult:
     """Search, and report.
 
@@ -65,6 +67,9 @@ def run(
         on_record: called with every record of the journal as it is written (those of earlier drivers first);
             `Population.apply` turns them into the state of the members.
         on_prepare: progress of the preparation of rows.
+        callbacks: Ray Tune's or your own (`ray.tune.logger.JsonLoggerCallback()`, ...), called by Tune in this
+            process. A trial is a segment, or those that a population trains at once; `ftray.tune.ray_results` says
+            what it reports of each.
 
     Returns:
         The winner and what happened, as also written to `tune_result.json` in the search's folder.
@@ -86,7 +91,7 @@ def run(
                 if config.train_fn == TRAIN_FN:
                     # Once for all members, on the cluster; their own preparation then finds it done.
                     _prepare(recipe, on_prepare)
-                _fit(engine, job)
+                _fit(engine, job, callbacks)
         result = summarise(engine.config, folder, engine.journal.records, time.perf_counter() - started)
     finally:
         engine.close()
@@ -101,15 +106,19 @@ def _prepare(recipe: Recipe, progress: Progress) -> None:
         prepare(recipe.data, recipe.model.tokenizer, "validation", progress)
 
 
-def _fit(engine: Engine, job: Job) -> None:
+def _fit(engine: Engine, job: Job, callbacks: Sequence[tune.Callback]) -> None:
     """Run the segments through Ray Tune until the engine has no more."""
     config = engine.config
     watch = StallWatch(Path(job.folder) / "segments", config.stall_s)
     searcher = SegmentSearcher(engine, job, watch)
 
     def trial(settings: dict[str, Any]) -> None:
-        outcomes = config.executor.run(job, [Segment(**segment) for segment in settings["segments"]])
-        tune.report({"outcomes": json.dumps([asdict(outcome) for outcome in outcomes])})
+        segments = [Segment(**segment) for segment in settings["segments"]]
+        outcomes = config.executor.run(job, segments)
+        *others, last = results(segments, outcomes)
+        for result in others:
+            tune.report(result)
+        tune.report(last | {"outcomes": json.dumps([asdict(outcome) for outcome in outcomes])})
 
     def name(trial: Any) -> str:
         segment = trial.config["segments"][0]
@@ -128,7 +137,7 @@ def _fit(engine: Engine, job: Job) -> None:
             name=f"driver-{engine.population.epoch}",
             storage_path=str(Path(job.folder) / "tune"),
             verbose=0,
-            callbacks=[EndStall(searcher)],
+            callbacks=[*callbacks, EndStall(searcher)],
         ),
     )
     try:
@@ -147,8 +156,8 @@ def _fit(engine: Engine, job: Job) -> None:
 def resources(config: TuneConfig, recipe: Recipe) -> dict[str, float]:
     """What a trial claims. One that is a worker group only waits while its workers, who claim their own, train."""
     if not recipe.strategy.in_process:
-        return {"cpu": _WAITING_CPUS, "gpu": 0.0}
-    return {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
+        return {"cpu": _WAITING_CPUS, "gpu": 0.0, **config.resources_per_trial}
+    return {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial, **config.resources_per_trial}
 
 
 class SegmentSearcher(Searcher):

@@ -160,7 +160,10 @@ class Space:
             if path not in known:
                 raise ConfigError(f"space.{path}: the recipe has no such field; {nearest(path, known)}")
             for value in distribution.edges():
-                apply(recipe, {path: value}, where=f"space.{path}")
+                try:
+                    apply(recipe, {path: value}, where=f"space.{path}")
+                except ConfigError as error:
+                    raise ConfigError(f"{error}{_of_type(path)}") from None
         self.sample(0, 0)
 
 
@@ -176,6 +179,12 @@ def apply(recipe: Any, config: Mapping[str, Any], where: str = "") -> Any:
     for path, value in config.items():
         set_path(data, path, value)
     return parse(type(recipe), data, where=where)
+
+
+def _of_type(path: str) -> str:
+    """A remedy for a piece whose type alone is searched: settings of the recipe's piece may not be another's."""
+    whole = path.removesuffix(".type")
+    return "" if whole == path else f"; search `{whole}` as a whole, by choice"
 
 
 def _generalised_golden_ratio(dimensions: int) -> float:

@@ -1,5 +1,6 @@
 """Searches over real Ray Tune with a toy to train: what happened must be what the journal says."""
 
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray import tune
+from ray.tune.logger import JsonLoggerCallback, TBXLoggerCallback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ftray.config.load import load
 from ftray.config.tune import TuneConfig
@@ -46,8 +50,19 @@ def write_search(folder: Path, toy: dict | None = None, **changes) -> Path:
     return file
 
 
-def search(folder: Path, toy: dict | None = None, *, resume: bool = False, **changes):
-    return run(load(TuneConfig, write_search(folder, toy, **changes)), resume=resume)
+def search(folder: Path, toy: dict | None = None, *, resume: bool = False, callbacks=(), **changes):
+    config = load(TuneConfig, write_search(folder, toy, **changes))
+    return run(config, resume=resume, callbacks=callbacks)
+
+
+class Told(tune.Callback):
+    """A user's own: what it is told of each segment."""
+
+    def __init__(self):
+        self.results = []
+
+    def on_trial_result(self, iteration, trials, trial, result, **info):
+        self.results.append(result)
 
 
 def outcome(result) -> tuple:
@@ -61,7 +76,27 @@ def work(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def undisturbed(ray_cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    return search(folder), folder
+    TOLD.results.clear()
+    return search(folder, callbacks=[TOLD, JsonLoggerCallback(), TBXLoggerCallback()]), folder
+
+
+TOLD = Told()
+
+
+def test_callbacks_and_loggers_of_ray_tune_are_told_of_every_segment(undisturbed):
+    result = undisturbed[0]
+    commits = [record for record in read(result.journal) if record["kind"] == "commit"]
+    told = {(r["member"], r["segment"]): r for r in TOLD.results}
+    assert len(told) == len(TOLD.results) == len(commits) == 12
+    for record in commits:
+        seen = told[record["member"], record["segment"]]
+        assert seen["score"] == seen["eval_loss"] == record["score"]
+        assert seen["hyperparameters"] == record["config"] and seen["steps"] == 4 * (record["segment"] + 1)
+        [home] = (result.folder / "tune" / "driver-1").glob(f"{record['checkpoint']}-*")
+        assert json.loads((home / "result.json").read_text())["score"] == record["score"]
+        events = EventAccumulator(str(home))
+        events.Reload()
+        assert events.Scalars("ray/tune/score")[0].value == pytest.approx(record["score"])
 
 
 def test_every_segment_is_trained_once_and_members_are_perturbed(undisturbed):
@@ -104,7 +139,11 @@ def test_what_the_report_names_is_there_and_what_nobody_needs_is_not(undisturbed
 
 
 def test_the_number_of_slots_changes_nothing(undisturbed, tmp_path):
-    assert outcome(search(tmp_path, max_concurrent=1)) == outcome(undisturbed[0])
+    # Of what a trial claims here there is one, so that one trains at a time.
+    claims = {"node:__internal_head__": 1.0}
+    assert outcome(search(tmp_path, resources_per_trial=claims)) == outcome(undisturbed[0])
+    runs = [line["run"] for line in work(tmp_path)]
+    assert [run for run, _ in itertools.groupby(runs)] == list(dict.fromkeys(runs))
 
 
 def test_an_existing_search_is_refused_and_a_finished_one_reported(undisturbed):

@@ -1,5 +1,7 @@
 """What a trial claims of the cluster."""
 
+from typing import Any
+
 import pytest
 
 from ftray.config.recipe import Recipe
@@ -17,12 +19,17 @@ def test_a_segment_claims_what_the_search_says_and_a_group_leaves_it_to_its_work
     recipe = make_recipe(strategy={"type": "ddp", "num_workers": 2})
     settings = {"name": "s", "recipe": "r", "space": {"optim.learning_rate": {"uniform": [0, 1]}}}
 
-    def claimed(**changes: float | bool) -> dict[str, float]:
+    def claimed(**changes: Any) -> dict[str, float]:
         config = parse(TuneConfig, settings | changes)
         return resources(config, parse(Recipe, segment_recipe(config, recipe)))
 
     assert claimed() == {"cpu": 1.0, "gpu": 0.0}
     assert claimed(gpus_per_trial=0.5, cpus_per_trial=2.0) == {"cpu": 2.0, "gpu": 0.5}
     assert claimed(gpus_per_trial=1.0, spread=True) == {"cpu": 0.01, "gpu": 0.0}
+    assert claimed(resources_per_trial={"disk": 1.0}) == {"cpu": 1.0, "gpu": 0.0, "disk": 1.0}
     with pytest.raises(ConfigError, match="gpus_per_trial"):
         claimed(gpus_per_trial=-1.0)
+    with pytest.raises(ConfigError, match="GPU has a field of its own: `gpus_per_trial`"):
+        claimed(resources_per_trial={"GPU": 1.0})
+    with pytest.raises(ConfigError, match="resources_per_trial: disk: 0 is refused"):
+        claimed(resources_per_trial={"disk": 0.0})

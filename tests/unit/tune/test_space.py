@@ -151,6 +151,13 @@ def test_a_range_is_tried_between_its_bounds_too(make_recipe):
     Space({"adapt.r": {"int": [1, 8]}}).check(make_recipe())
 
 
+def test_of_a_piece_not_the_type_alone_is_searched(make_recipe):
+    remedy = r"space\.adapt\.type: adapt\.\w+: unknown key; known here: none.*; search `adapt` as a whole"
+    with pytest.raises(ConfigError, match=remedy):
+        Space({"adapt.type": {"choice": ["lora", "full"]}}).check(make_recipe())
+    Space({"adapt": {"choice": [{"type": "lora", "r": 2}, "full"]}}).check(make_recipe())
+
+
 def test_paths_the_search_sets_itself_are_refused():
     for path in ("train.max_steps", "name", "strategy", "strategy.num_workers", "train"):
         with pytest.raises(ConfigError, match=f"space.{path}: the search sets"):
