@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ftray.cli.promote import AsJson, RegistryRoot
+from ftray.cli.options import AsJson, RegistryRoot
 
 if TYPE_CHECKING:
     from ftray.registry.lineage import Lineage, Witness

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ftray.cli.promote import RegistryRoot
+from ftray.cli.options import RegistryRoot
 
 
 def command(

@@ -1,52 +1,57 @@
 """`ftray promote` and `ftray rollback`: which version an alias means."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ftray.cli.options import AsJson, RegistryRoot, takes
+
 if TYPE_CHECKING:
     from ftray.registry.entry import Entry
-
-RegistryRoot = Annotated[
-    str, typer.Option(help="Folder of the registry, or a URL such as s3://bucket/registry.")
-]
-Alias = Annotated[str, typer.Option(help="The alias to move.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+    from ftray.registry.registry import Registry
 
 
+@dataclass(frozen=True)
+class Move:
+    """Which alias, and where."""
+
+    alias: Annotated[str, typer.Option(help="The alias to move.")] = "prod"
+    registry: RegistryRoot = "registry"
+    as_json: AsJson = False
+
+    def run(self, name: str, to: "Callable[[Registry, str], Entry]") -> None:
+        """Move the alias of a name, and say from where to where."""
+        import json
+
+        from ftray.registry.registry import Registry
+
+        store = Registry(self.registry)
+        before = store.aliases(name).get(self.alias)
+        entry = to(store, self.alias)
+        if self.as_json:
+            typer.echo(json.dumps(entry.to_json()))
+            return
+        was = "it was new" if before is None else f"it was {name}@{before}"
+        typer.echo(f"{name}@{self.alias} is now {entry.ref} ({entry.digest}); {was}")
+
+
+@takes(Move)
 def promote(
     ref: Annotated[str, typer.Argument(help="`name`, `name@3` or `name@alias`: what to promote.")],
-    alias: Alias = "prod",
-    registry: RegistryRoot = "registry",
-    as_json: AsJson = False,
+    move: Move,
 ) -> None:
     """Point an alias at a published version; endpoints that serve `name@alias` follow."""
-    from ftray.registry.registry import Registry
+    from ftray.registry.ref import parse_ref
 
-    store = Registry(registry)
-    before = store.aliases(store.show(ref).name).get(alias)
-    _say(store.promote(ref, alias), alias, before, as_json)
+    move.run(parse_ref(ref).name, lambda registry, alias: registry.promote(ref, alias))
 
 
+@takes(Move)
 def rollback(
     name: Annotated[str, typer.Argument(help="Name of the delta.")],
-    alias: Alias = "prod",
-    registry: RegistryRoot = "registry",
-    as_json: AsJson = False,
+    move: Move,
 ) -> None:
     """Point an alias at what it pointed at before its last promotion; again for one further back."""
-    from ftray.registry.registry import Registry
-
-    store = Registry(registry)
-    before = store.aliases(name).get(alias)
-    _say(store.rollback(name, alias), alias, before, as_json)
-
-
-def _say(entry: "Entry", alias: str, before: int | None, as_json: bool) -> None:
-    import json
-
-    if as_json:
-        typer.echo(json.dumps(entry.to_json()))
-        return
-    was = "it was new" if before is None else f"it was {entry.name}@{before}"
-    typer.echo(f"{entry.name}@{alias} is now {entry.ref} ({entry.digest}); {was}")
+    move.run(name, lambda registry, alias: registry.rollback(name, alias))

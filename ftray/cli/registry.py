@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ftray.cli.promote import AsJson, RegistryRoot
+from ftray.cli.options import AsJson, RegistryRoot
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after a registry.")
 Ref = Annotated[str, typer.Argument(help="`name`, `name@3` or `name@alias`.")]

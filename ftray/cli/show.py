@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ftray.cli.promote import RegistryRoot
+from ftray.cli.options import RegistryRoot
 
 if TYPE_CHECKING:
     from rich.table import Table

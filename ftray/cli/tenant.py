@@ -1,8 +1,11 @@
 """`ftray tenant`: who may ask an endpoint, in the file that its `tenants_file` names."""
 
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ftray.cli.options import takes
 
 if TYPE_CHECKING:
     import datetime
@@ -11,45 +14,47 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tenants of a
 
 File = Annotated[str, typer.Argument(help="The file of tenants (JSON); made when needed.")]
 Name = Annotated[str, typer.Argument(help="The tenant's name.")]
-Deltas = Annotated[list[str] | None, typer.Option("--delta", help="A delta it may use; may be repeated.")]
-Weight = Annotated[float | None, typer.Option(help="Share of tokens relative to others' while full.")]
-Requests = Annotated[int | None, typer.Option(help="Most requests in a minute.")]
-Tokens = Annotated[int | None, typer.Option(help="Most tokens in a minute, prompts and answers.")]
-Concurrent = Annotated[int | None, typer.Option(help="Most requests at once.")]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a tenant may use, and how much of it; None: not named."""
+
+    delta: Annotated[
+        list[str] | None, typer.Option("--delta", help="A delta it may use; may be repeated.")
+    ] = None
+    weight: Annotated[float | None, typer.Option(help="Share of tokens relative to others' while full.")] = (
+        None
+    )
+    requests_per_minute: Annotated[int | None, typer.Option(help="Most requests in a minute.")] = None
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(help="Most tokens in a minute, prompts and answers.")
+    ] = None
+    max_concurrent_requests: Annotated[int | None, typer.Option(help="Most requests at once.")] = None
+
+    def given(self) -> dict[str, Any]:
+        """Fields of a tenant that were named."""
+        fields = asdict(self)
+        fields["deltas"] = fields.pop("delta")
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 @app.command()
-def add(
-    file: File,
-    name: Name,
-    delta: Deltas = None,
-    weight: Weight = None,
-    requests_per_minute: Requests = None,
-    tokens_per_minute: Tokens = None,
-    max_concurrent_requests: Concurrent = None,
-) -> None:
+@takes(Terms)
+def add(file: File, name: Name, terms: Terms) -> None:
     """Add a tenant and print its key, which is shown this once."""
     from ftray.serve.tenant_store import TenantStore
 
-    fields = _given(delta, weight, requests_per_minute, tokens_per_minute, max_concurrent_requests)
-    typer.echo(TenantStore(file).add(name, **fields))
+    typer.echo(TenantStore(file).add(name, **terms.given()))
 
 
 @app.command("set")
-def change(
-    file: File,
-    name: Name,
-    delta: Deltas = None,
-    weight: Weight = None,
-    requests_per_minute: Requests = None,
-    tokens_per_minute: Tokens = None,
-    max_concurrent_requests: Concurrent = None,
-) -> None:
+@takes(Terms)
+def change(file: File, name: Name, terms: Terms) -> None:
     """Change a tenant's deltas, weight or quotas; what is not named stays."""
     from ftray.serve.tenant_store import TenantStore
 
-    fields = _given(delta, weight, requests_per_minute, tokens_per_minute, max_concurrent_requests)
-    TenantStore(file).set(name, **fields)
+    TenantStore(file).set(name, **terms.given())
 
 
 @app.command()
@@ -112,23 +117,6 @@ def list_tenants(file: File) -> None:
         shown = ["-" if limit is None else f"{limit:,}" for limit in limits]
         table.add_row(tenant.name, "\n".join(keys), ", ".join(tenant.deltas), f"{tenant.weight:g}", *shown)
     out.print(table)
-
-
-def _given(
-    delta: list[str] | None,
-    weight: float | None,
-    requests_per_minute: int | None,
-    tokens_per_minute: int | None,
-    max_concurrent_requests: int | None,
-) -> dict[str, Any]:
-    fields = {
-        "deltas": delta,
-        "weight": weight,
-        "requests_per_minute": requests_per_minute,
-        "tokens_per_minute": tokens_per_minute,
-        "max_concurrent_requests": max_concurrent_requests,
-    }
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}

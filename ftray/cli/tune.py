@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ftray.cli.promote import RegistryRoot
+from ftray.cli.options import RegistryRoot
 from ftray.cli.publish import MEASURING, Parity, published_lines
 
 if TYPE_CHECKING:
