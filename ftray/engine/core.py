@@ -3,6 +3,7 @@
 What differs between engines is a `Runner`: how a step's rows become logits and how a delta is put in place.
 """
 
+import time
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -110,9 +111,12 @@ class StepEngine:
     def step(self) -> list[Output]:
         """See `Engine.step`."""
         outputs = [output for entry in self._slots.poll() for output in self._refuse(entry)]
+        start = time.perf_counter()
         rows = self.scheduler.schedule()
         if rows:
             outputs += self._run(rows)
+            if self.scheduler.pace:
+                self.scheduler.pace.note(sum(row.length - 1 for row in rows), time.perf_counter() - start)
         elif not outputs and self.has_work():
             self._slots.wait(_PAUSE_S)
         return outputs
@@ -233,6 +237,7 @@ class StepEngine:
             recomputed_tokens=self.scheduler.num_recomputed,
             preemptions=self.scheduler.num_preempted,
             delta_loads=self._slots.num_loads,
+            step_s=self.scheduler.pace.step_s if self.scheduler.pace else 0.0,
             tenant_tokens=self.scheduler.shares.tokens(),
         )
 

@@ -5,6 +5,7 @@ arXiv:2401.00588); one that had nothing to do starts where the least served of t
 saves nothing up (start-time fair queueing, Goyal et al., 1996).
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -56,6 +57,15 @@ class FairShares:
     def served(self, tenant: str) -> float:
         """Tokens for each unit of weight; comparable between tenants."""
         return self._accounts[tenant].served
+
+    def rows(self, tenant: str, total: int) -> int:
+        """Rows of so many that a tenant's weight gives it beside the others with work; one at least."""
+        weights = sum(account.weight for account in self._accounts.values() if account.live)
+        return max(1, int(total * self._accounts[tenant].weight / weights + 1e-9))
+
+    def part(self, tenants: Iterable[str], rows: Mapping[str, int]) -> float:
+        """Sum of what rows of these tenants are due, each tenant's weight being shared by its rows."""
+        return sum(self._accounts[tenant].weight / rows[tenant] for tenant in tenants)
 
     def tokens(self) -> dict[str, int]:
         """Tokens computed for every tenant with work since it last had none."""

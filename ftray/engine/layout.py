@@ -1,7 +1,8 @@
-"""Which logits of a step are wanted, and by whom."""
+"""How rows lie on the token axis of a step: stretches of one delta, and which logits are wanted by whom."""
 
 from collections.abc import Iterable
 
+from ftray.adapt.route import Segment
 from ftray.engine.answer import Answer
 from ftray.engine.sequence import Row
 
@@ -41,3 +42,14 @@ class Layout:
     def _keep(self, place: int) -> int:
         self.keep.append(place)
         return len(self.keep) - 1
+
+
+def segments_of(rows: list[Row], keys: list[str | None]) -> list[Segment]:
+    """Neighbouring rows of one delta as one stretch of the token axis."""
+    segments: list[Segment] = []
+    first = 0
+    for row, key in zip(rows, keys, strict=True):
+        start = segments.pop()[1] if segments and segments[-1][0] == key else first
+        first += row.length
+        segments.append((key, start, first))
+    return segments

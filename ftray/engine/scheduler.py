@@ -1,47 +1,22 @@
 """Which answers run in the next step, and which KV blocks are theirs. Plain Python: decisions only.
 
 An answer is admitted when a row, its delta and blocks for its tokens so far are there; blocks are added as it
-grows. When they run out, the latest answer of the tenant served most gives up its own and is computed again later.
-Prompts are computed in chunks within a token budget; rows of one delta stand together.
+grows. When they run out, the latest answer of the tenant served most gives up its own and is computed again later;
+when all rows are taken, a tenant that has none is given one by a tenant that has more than its share. Prompts are
+computed in chunks within a budget of tokens and time; rows of one delta stand together.
 """
 
-import bisect
-from collections.abc import Iterator
-from typing import Protocol
+from collections import Counter
 
 from ftray.core.errors import RequestError
 from ftray.engine.blocks import BlockPool
 from ftray.engine.fair import FairShares
+from ftray.engine.pace import Pace
 from ftray.engine.request import Request
 from ftray.engine.sequence import Row, Sequence
+from ftray.engine.waiting import Gate, Open, Queues
 
 __all__ = ["BlockPool", "Gate", "Row", "Scheduler", "Sequence"]
-
-_MAX_PASSED = 1000
-"""Waiting answers looked at in one step whose deltas are not there yet."""
-
-
-class Gate(Protocol):
-    """What must be in place for a sequence besides rows and blocks: its delta."""
-
-    def enter(self, seq: Sequence) -> bool:
-        """The sequence is about to run: set its `slot` and `group`; False if it cannot yet."""
-        ...
-
-    def leave(self, seq: Sequence) -> None:
-        """A sequence that entered runs no more."""
-        ...
-
-
-class Open:
-    """A gate that lets everything in."""
-
-    def enter(self, seq: Sequence) -> bool:
-        """Yes."""
-        return True
-
-    def leave(self, seq: Sequence) -> None:
-        """Nothing was held."""
 
 
 class Scheduler:
@@ -53,14 +28,23 @@ class Scheduler:
         num_blocks: KV blocks of all sequences together.
         block_size: tokens in one block.
         max_length: most tokens of a prompt and its answer.
+        pace: holds prompts back in steps in which answers decode; None: only `max_batch_tokens` does.
     """
 
     def __init__(
-        self, *, max_num_seqs: int, max_batch_tokens: int, num_blocks: int, block_size: int, max_length: int
+        self,
+        *,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        num_blocks: int,
+        block_size: int,
+        max_length: int,
+        pace: Pace | None = None,
     ) -> None:
         assert max_batch_tokens >= max_num_seqs, "a step must have room for one token of every row"
         self.pool = BlockPool(num_blocks)
         self.shares = FairShares()
+        self.pace = pace
         self.gate: Gate = Open()
         self.block_size = block_size
         self.max_length = max_length
@@ -75,7 +59,7 @@ class Scheduler:
         """Prompt tokens found in the cache."""
         self._max_batch_tokens = max_batch_tokens
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._queues: dict[str, list[Sequence]] = {}
+        self._waiting = Queues()
         self._running: list[Sequence] = []
         self._by_id: dict[str, list[Sequence]] = {}
         self._arrivals = 0
@@ -121,7 +105,7 @@ class Scheduler:
             self._arrivals += 1
             seq.order = (request.priority, self._arrivals)
             seqs.append(seq)
-            self._enqueue(seq)
+            self._waiting.add(seq)
             self.shares.arrive(request.tenant, request.weight)
         self._by_id[request.id] = list(seqs)
         return seqs
@@ -133,16 +117,27 @@ class Scheduler:
         # Blocks just given up belong to those that needed them, not to the next in the queue.
         if self.num_preempted == before:
             self._admit()
+            self._make_way()
         running = self._group()
         # One token is set aside for every running row, so a long prompt never stalls those that decode. The rest
         # goes to those who were served least, in order of arrival.
-        spare = self._max_batch_tokens - len(running)
+        spare = self._spare(running)
         rows = []
         for seq in sorted(running, key=self._claim):
             length = min(len(seq.tokens) - seq.computed, 1 + spare)
             spare -= length - 1
             rows.append(Row(seq, seq.computed, length))
         return sorted(rows, key=lambda row: row.seq.slot)
+
+    def _spare(self, running: list[Sequence]) -> int:
+        """Tokens of the next step beyond one of each row."""
+        spare = self._max_batch_tokens - len(running)
+        decoding = [seq.request.tenant for seq in running if seq.computed + 1 == len(seq.tokens)]
+        if self.pace is None or not 0 < len(decoding) < len(running):
+            return spare
+        rows = Counter(seq.request.tenant for seq in running)
+        due = self.shares.part(decoding, rows)
+        return int(min(spare, self.pace.prompt_tokens(self.shares.part(rows.elements(), rows) / due - 1)))
 
     def advance(self, rows: list[Row]) -> None:
         """Note that a step's keys and values are in the cache."""
@@ -171,7 +166,7 @@ class Scheduler:
         if seq.row >= 0:
             self._yield(seq)
         else:
-            self._dequeue(seq)
+            self._waiting.remove(seq)
         self.shares.leave(seq.request.tenant)
 
     def sequences(self) -> list[Sequence]:
@@ -186,7 +181,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that hold nothing."""
-        return sum(map(len, self._queues.values()))
+        return len(self._waiting)
 
     def _claim(self, seq: Sequence) -> tuple[float, tuple[int, int]]:
         """Smaller goes first: the tenant served least, then its own order."""
@@ -205,7 +200,7 @@ class Scheduler:
         self.num_preempted += 1
         self._yield(seq)
         seq.computed = 0
-        self._enqueue(seq)
+        self._waiting.add(seq)
 
     def _yield(self, seq: Sequence) -> None:
         """Take row, blocks and delta from a running sequence."""
@@ -216,7 +211,7 @@ class Scheduler:
         self.gate.leave(seq)
 
     def _admit(self) -> None:
-        for seq in self._candidates():
+        for seq in self._waiting.candidates(self._claim):
             if not self._free_rows:
                 return
             if not self.gate.enter(seq):
@@ -226,6 +221,30 @@ class Scheduler:
                 self.gate.leave(seq)
                 return
 
+    def _make_way(self) -> None:
+        """A row for each tenant that has none, from the tenant with most beyond its share; the one that lost least.
+
+        Otherwise a tenant waits until somebody else's answer ends, however many rows that one has.
+        """
+        held = Counter(seq.request.tenant for seq in self._running)
+        for seq in sorted(self._waiting.heads(), key=self._claim):
+            tenant = seq.request.tenant
+            most = max(
+                held, key=lambda name: held[name] - self.shares.rows(name, self.max_num_seqs), default=""
+            )
+            if self._free_rows or not most or held[most] <= self.shares.rows(most, self.max_num_seqs):
+                return
+            behind = self.shares.served(tenant) <= self.shares.served(most)
+            if held[tenant] or not behind or not self.gate.enter(seq):
+                continue
+            mine = [other for other in self._running if other.request.tenant == most]
+            self._preempt(min(mine, key=lambda other: (other.computed, -other.order[1])))
+            held[most] -= 1
+            if not self._start(seq):
+                self.gate.leave(seq)
+                return
+            held[tenant] += 1
+
     def _start(self, seq: Sequence) -> bool:
         """Give a sequence a row and blocks; False if there are too few."""
         shared = self.pool.find(seq.block_names(self._max_shared(seq), self.block_size))
@@ -234,7 +253,7 @@ class Scheduler:
         room = self.pool.num_free - self.pool.num_kept_of(shared) - len(self._running)
         if need > room and self._running:
             return False
-        self._dequeue(seq)
+        self._waiting.remove(seq)
         self.pool.share(shared)
         seq.blocks = shared + self.pool.take(need)
         seq.row = self._free_rows.pop()
@@ -250,20 +269,6 @@ class Scheduler:
         self._running.append(seq)
         return True
 
-    def _candidates(self) -> Iterator[Sequence]:
-        """Waiting sequences, each time the next of the tenant that was served least; passed ones do not return."""
-        places = dict.fromkeys(self._queues, 0)
-        for _ in range(_MAX_PASSED):
-            heads = [
-                queue[places[tenant]] for tenant, queue in self._queues.items() if places[tenant] < len(queue)
-            ]
-            if not heads:
-                return
-            seq = min(heads, key=self._claim)
-            yield seq
-            if seq.row < 0:
-                places[seq.request.tenant] += 1
-
     def _group(self) -> list[Sequence]:
         """The running sequences of one group: groups take turns."""
         groups = {seq.group for seq in self._running}
@@ -273,15 +278,6 @@ class Scheduler:
         latest = max(self._turns.values(), default=0)
         self._turns = {group: at for group, at in self._turns.items() if group in groups} | {turn: latest + 1}
         return [seq for seq in self._running if seq.group == turn]
-
-    def _enqueue(self, seq: Sequence) -> None:
-        bisect.insort(self._queues.setdefault(seq.request.tenant, []), seq, key=lambda other: other.order)
-
-    def _dequeue(self, seq: Sequence) -> None:
-        queue = self._queues[seq.request.tenant]
-        queue.remove(seq)
-        if not queue:
-            del self._queues[seq.request.tenant]
 
     def _max_shared(self, seq: Sequence) -> int:
         """Most blocks to take from the cache: one token at least, and all whose logits are wanted, is computed."""

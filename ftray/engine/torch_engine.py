@@ -33,8 +33,10 @@ from ftray.engine.base import (
     max_positions,
 )
 from ftray.engine.core import StepEngine
+from ftray.engine.layout import segments_of
 from ftray.engine.lora_slots import Pair, Stretches
 from ftray.engine.own import OwnReader, OwnWeights
+from ftray.engine.pace import Pace
 from ftray.engine.scheduler import Row, Scheduler, Sequence
 from ftray.engine.selfcheck import self_check
 from ftray.engine.settings import ModelEngineConfig, pick_device
@@ -94,7 +96,7 @@ class TorchRunner:
             self.cache.place(row.seq)
         step = paged.Step(self.cache, rows)
         tokens = [token for row in rows for token in row.seq.tokens[row.start : row.start + row.length]]
-        segments = _segments(rows, keys)
+        segments = segments_of(rows, keys)
         self._set_stretches(segments)
         alone = segments[0][0] if len(segments) == 1 else None
         # A delta with weights of its own stands alone in its steps.
@@ -163,17 +165,6 @@ class TorchRunner:
         unload_adapter(self.model, key)
 
 
-def _segments(rows: list[Row], keys: list[str | None]) -> list[Segment]:
-    """Neighbouring rows of one delta as one stretch of the token axis."""
-    segments: list[Segment] = []
-    first = 0
-    for row, key in zip(rows, keys, strict=True):
-        start = segments.pop()[1] if segments and segments[-1][0] == key else first
-        first += row.length
-        segments.append((key, start, first))
-    return segments
-
-
 @spec
 class TorchEngineConfig(ModelEngineConfig):
     """Settings of our own engine."""
@@ -182,6 +173,9 @@ class TorchEngineConfig(ModelEngineConfig):
     """Requests that run at once."""
     max_batch_tokens: int = Field(default=2048, ge=1)
     """Tokens of one step, prompts and decoding together."""
+    prompt_share: float = Field(default=0.3, gt=0)
+    """Time that prompts may add to a step in which answers decode, as a part of such a step's own; more while many
+    rows wait for their prompts and few decode."""
     block_size: int = Field(default=16, ge=1)
     """Tokens in one block of the cache."""
     max_lora_rank: int = Field(default=256, ge=1)
@@ -242,6 +236,7 @@ class TorchEngineConfig(ModelEngineConfig):
             num_blocks=num_blocks,
             block_size=self.block_size,
             max_length=min(self.max_length or positions, positions, num_blocks * self.block_size),
+            pace=Pace(self.prompt_share),
         )
 
     def _load(self, folder: Path, gate: DeltaGate | None) -> tuple[Base | None, str]:

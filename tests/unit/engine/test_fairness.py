@@ -3,6 +3,7 @@
 import pytest
 
 from ftray.engine.api import Request, Sampling
+from ftray.engine.pace import Pace
 from ftray.engine.scheduler import Scheduler
 
 
@@ -153,3 +154,72 @@ def test_priority_orders_within_a_tenant_and_not_beyond() -> None:
         order.append(row.seq.request.id)
         scheduler.finish(row.seq)
     assert order == ["a-9", "b5", "a0", "a1"]
+
+
+def test_a_tenant_without_a_row_takes_one_of_many_at_once() -> None:
+    """Answers of a flood that began together end together: nobody is to wait until they do."""
+    endpoint = Endpoint({"flood": 8, "victim": 0}, {})
+    endpoint.run(5)
+    name = endpoint.ask("victim")
+    assert name in endpoint.step()
+    assert endpoint.scheduler.num_preempted == 1
+    # One row is what it gets so: with it, it is one of those that take turns.
+    endpoint.ask("victim")
+    endpoint.step()
+    assert endpoint.scheduler.num_preempted == 1
+
+
+@pytest.mark.parametrize("tenants", [8, 12])
+def test_no_row_is_taken_from_a_tenant_that_has_no_more_than_its_share(tenants: int) -> None:
+    endpoint = Endpoint({f"t{number}": 1 for number in range(tenants)}, {})
+    endpoint.run(400)
+    assert endpoint.scheduler.num_preempted == 0
+
+
+def test_prompts_are_held_back_beside_answers_by_their_tenants_weights() -> None:
+    pace = Pace(prompt_share=0.35)
+    scheduler = Scheduler(
+        max_num_seqs=9, max_batch_tokens=900, num_blocks=800, block_size=4, max_length=400, pace=pace
+    )
+
+    def add(name: str, tenant: str, prompt: int) -> None:
+        sampling = Sampling(max_tokens=100)
+        scheduler.add(Request(id=name, prompt_ids=[7] * prompt, sampling=sampling, tenant=tenant))
+
+    def prompt_tokens() -> int:
+        """A step of 10 ms and 1 ms for each token beyond one a row."""
+        rows = scheduler.schedule()
+        extra = sum(row.length - 1 for row in rows)
+        pace.note(extra, 0.01 + 0.001 * extra)
+        scheduler.advance(rows)
+        for row in rows:
+            if row.seq.computed == len(row.seq.tokens):
+                row.seq.tokens.append(0)
+        return extra
+
+    add("a", "flood", 100)
+    assert prompt_tokens() == 99  # nobody is held up
+    for _ in range(5):
+        assert prompt_tokens() == 0
+    for name in "bcdefg":
+        add(name, "flood", 200)
+    add("v", "victim", 200)
+    # The victim's row is due as much as the flood's seven, of which one decodes: 4 * (1 + 6 / 7) / (1 / 7) steps.
+    assert prompt_tokens() == 520
+    while prompt_tokens():
+        pass
+    add("h", "flood", 50)
+    assert prompt_tokens() == 3  # as seven answers decode, with the victim's: 0.35 steps
+
+
+def test_a_pace_learns_what_steps_and_tokens_take() -> None:
+    pace = Pace(prompt_share=0.3)
+    assert pace.prompt_tokens(0.0) == float("inf")
+    for extra in (0, 0, 50, 0, 10):
+        pace.note(extra, 0.02 + 0.0005 * extra)
+    assert pace.step_s == pytest.approx(0.02)
+    assert pace.prompt_tokens(0.0) == pytest.approx(0.3 * 0.02 / 0.0005)
+    assert pace.prompt_tokens(0.5) == pytest.approx(2 * 0.02 / 0.0005)
+    for _ in range(100):  # nothing but equal steps, on a machine half as fast
+        pace.note(12, 0.052)
+    assert pace.step_s == pytest.approx(0.052 - 12 * 0.0005, rel=0.05)
