@@ -21,6 +21,7 @@ from ftray.data.cache import NodeCache
 from ftray.data.grow import Background, GrowingShards
 from ftray.data.prepare import Preparation, prepare_local
 from ftray.data.read import Shards
+from tests.buckets import empty_bucket
 
 Make = Callable[..., DataConfig]
 ROWS = [{"prompt": f"q{i}", "completion": "word " * (i % 5 + 1)} for i in range(90)]
@@ -37,22 +38,11 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[s3fs.S3FileSystem]:
-    """An empty bucket `corpora`, found as users let it be found: by the environment."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    """An empty bucket `corpora`."""
     monkeypatch.setattr(prepare, "UNIT_BYTES", 900)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    s3fs.S3FileSystem.clear_instance_cache()
-    system = s3fs.S3FileSystem(use_listings_cache=False)
-    system.mkdir("corpora")
-    yield system
-    system.rm("corpora", recursive=True)
-    s3fs.S3FileSystem.clear_instance_cache()
+    with empty_bucket(endpoint, "corpora", monkeypatch) as system:
+        yield system
 
 
 def write_corpus(folder: Path) -> Path:

@@ -1,7 +1,6 @@
 """The registry: unique versions under concurrency, crashes at any line, strict names, damage named."""
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,9 +15,7 @@ import pytest
 from ftray.core.errors import DeltaError, RegistryError
 from ftray.registry.registry import Registry
 from ftray.testing.deltas import weights_delta
-
-NUM_PUBLISHERS = 8
-PER_PUBLISHER = 5
+from tests.unit.registry.publishers import publish_at_once
 
 
 @pytest.fixture
@@ -172,26 +169,9 @@ def test_old_litter_is_swept_and_young_left(registry: Registry, delta: Path) -> 
     assert [entry.version for entry in registry.list()] == [1, 2]
 
 
-def _publish_many(root: Path, delta: Path, barrier: Any, results: Any) -> None:
-    registry = Registry(root)
-    barrier.wait()
-    results.put([registry.publish(delta, "tone").version for _ in range(PER_PUBLISHER)])
-
-
 def test_concurrent_publishers_get_unique_rising_versions(registry: Registry, delta: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(NUM_PUBLISHERS), context.Queue()
-    arguments = (registry.root, delta, barrier, results)
-    processes = [context.Process(target=_publish_many, args=arguments) for _ in range(NUM_PUBLISHERS)]
-    for process in processes:
-        process.start()
-    versions = [results.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(timeout=30)
-        assert process.exitcode == 0
-    assert all(own == sorted(own) for own in versions)
-    everything = sorted(version for own in versions for version in own)
-    assert everything == list(range(1, NUM_PUBLISHERS * PER_PUBLISHER + 1))
+    assert isinstance(registry.root, Path)
+    everything = publish_at_once(registry.root, delta, 5)
     assert [registry.resolve(f"tone@{version}").version for version in everything] == everything
     assert not list(registry.root.rglob(".tmp-*"))
 

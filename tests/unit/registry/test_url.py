@@ -11,11 +11,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
-import s3fs
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
@@ -25,9 +23,8 @@ from ftray.registry.gc import collect
 from ftray.registry.registry import Registry
 from ftray.registry.url import UrlShelf
 from ftray.testing.deltas import weights_delta
-
-NUM_PUBLISHERS = 8
-PER_PUBLISHER = 2
+from tests.buckets import empty_bucket
+from tests.unit.registry.publishers import NUM_PUBLISHERS, publish_at_once
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +39,8 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    system = s3fs.S3FileSystem(use_listings_cache=False)
-    system.mkdir("deltas")
-    yield "s3://deltas/registry"
-    system.rm("deltas", recursive=True)
-    s3fs.S3FileSystem.clear_instance_cache()
+    with empty_bucket(endpoint, "deltas", monkeypatch):
+        yield "s3://deltas/registry"
 
 
 @pytest.fixture(params=["memory", "s3"])
@@ -202,12 +188,6 @@ def test_local_copies_are_bounded(registry: Registry, delta: Path) -> None:
     assert registry.resolve("tone@1").path == paths[0]
 
 
-def _publish_many(root: str, delta: Path, barrier: Any, results: Any) -> None:
-    registry = Registry(root)
-    barrier.wait()
-    results.put([registry.publish(delta, "tone").version for _ in range(PER_PUBLISHER)])
-
-
 def test_threads_get_unique_versions(registry: Registry, delta: Path) -> None:
     with ThreadPoolExecutor(NUM_PUBLISHERS) as pool:
         publish = [
@@ -221,20 +201,8 @@ def test_threads_get_unique_versions(registry: Registry, delta: Path) -> None:
 
 @pytest.mark.slow
 def test_concurrent_publishers_get_unique_rising_versions(bucket: str, delta: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(NUM_PUBLISHERS), context.Queue()
-    arguments = (bucket, delta, barrier, results)
-    processes = [context.Process(target=_publish_many, args=arguments) for _ in range(NUM_PUBLISHERS)]
-    for process in processes:
-        process.start()
-    versions = [results.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(timeout=30)
-        assert process.exitcode == 0
-    assert all(own == sorted(own) for own in versions)
-    everything = sorted(version for own in versions for version in own)
-    assert everything == list(range(1, NUM_PUBLISHERS * PER_PUBLISHER + 1))
-    assert [registry.version for registry in Registry(bucket).list()] == everything
+    everything = publish_at_once(bucket, delta, 2)
+    assert [entry.version for entry in Registry(bucket).list()] == everything
 
 
 def _publish_for_ever(root: str, delta: Path) -> None:
