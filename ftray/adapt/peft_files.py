@@ -73,10 +73,7 @@ def read_config(folder: Path) -> AdapterConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise DeltaError(f"{folder}: {CONFIG} is missing; name a PEFT adapter folder")
-    try:
-        data = read_json(path)
-    except FtrayError as error:
-        raise DeltaError(str(error)) from None
+    data = read_json(path, DeltaError)
     if not isinstance(data, dict):
         raise DeltaError(f"{path}: holds no settings; save the adapter again with `peft`")
     if data.get("peft_type") != "LORA":

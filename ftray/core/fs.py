@@ -97,21 +97,27 @@ def replace_dir(final: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
-    """Replace a file atomically and durably; `mode` are its permissions, else those of a new file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
+@contextlib.contextmanager
+def replace_file(final: Path) -> Iterator[Path]:
+    """Yield a path for a file that takes the place of `final`, durably, when the block ends without an error."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    tmp = final.parent / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
     try:
-        with naming(path), tmp.open("wb") as file:
-            if mode is not None:
-                os.fchmod(file.fileno(), mode)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        tmp.replace(path)
-        fsync_path(path.parent)
+        with naming(final):
+            yield tmp
+            fsync_path(tmp)
+        tmp.replace(final)
+        fsync_path(final.parent)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    """Replace a file atomically and durably; `mode` are its permissions, else those of a new file."""
+    with replace_file(path) as tmp, tmp.open("wb") as file:
+        if mode is not None:
+            os.fchmod(file.fileno(), mode)
+        file.write(data)
 
 
 def write_new_json(path: Path, value: Any) -> None:
@@ -134,14 +140,14 @@ def write_json(path: Path, value: Any, *, mode: int | None = None) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), mode=mode)
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises `FtrayError` (one line) if it is missing or is not JSON."""
+def read_json(path: Path, error: type[FtrayError] = FtrayError) -> Any:
+    """Read a JSON file. Raises `error` (one line) if it is missing or is not JSON."""
     try:
         return json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise FtrayError(f"{path}: no such file") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise FtrayError(f"{path}: not readable as JSON ({error})") from error
+        raise error(f"{path}: no such file") from None
+    except (ValueError, OSError, RecursionError) as reason:
+        raise error(f"{path}: not readable as JSON ({reason})") from reason
 
 
 def digest_bytes(data: bytes) -> str:

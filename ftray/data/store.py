@@ -7,14 +7,13 @@ object store by its one put. Readers trust only what a manifest names and digest
 import contextlib
 import json
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ftray.core.errors import DataError, FtrayError
-from ftray.core.fs import fsync_path, read_json, write_json
+from ftray.core.fs import read_json, replace_file, write_json
 
 Folder = Path | str
 """A folder of the local file system, or an fsspec URL."""
@@ -131,16 +130,8 @@ class LocalStore:
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         """A path on the same disk that is renamed to `name`."""
-        final = self.root / name
-        final.parent.mkdir(parents=True, exist_ok=True)
-        tmp = final.with_name(f".tmp-{final.name}-{uuid.uuid4().hex[:8]}")
-        try:
+        with replace_file(self.root / name) as tmp:
             yield tmp
-            fsync_path(tmp)
-            tmp.replace(final)
-            fsync_path(final.parent)
-        finally:
-            tmp.unlink(missing_ok=True)
 
     def stamp(self, name: str) -> Stamp | None:
         """Size and time of the last change."""

@@ -139,10 +139,7 @@ def read(folder: Path | str, verify: bool = True, *, beside: frozenset[str] = fr
     path = folder / MANIFEST
     if not path.is_file():
         raise DeltaError(f"{folder}: not a delta ({MANIFEST} is missing); give the `delta` folder of a run")
-    try:
-        data = read_json(path)
-    except FtrayError as error:
-        raise DeltaError(str(error)) from None
+    data = read_json(path, DeltaError)
     if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
         raise DeltaError(f"{path}: format {data['format']} is newer than {FORMAT}; update ftray to read it")
     delta = _parse(data, path)

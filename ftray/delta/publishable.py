@@ -113,7 +113,7 @@ def _check_replacement(folder: Path, tensors: _Tensors, caps: Caps) -> None:
         check_folder(folder)
     except ModelError as error:
         raise DeltaError(str(error)) from None
-    for name in read_json(folder / "config.json").get("architectures") or ():
+    for name in read_json(folder / "config.json", DeltaError).get("architectures") or ():
         if str(name).endswith("ForSequenceClassification"):
             raise DeltaError(f"{folder}: {name} scores texts and is no language model; it cannot be served")
 
@@ -148,7 +148,7 @@ _MEASURED = frozenset({"peft"})
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    settings = read_json(folder / CONFIG)
+    settings = read_json(folder / CONFIG, DeltaError)
     if not isinstance(settings, dict):
         raise DeltaError(f"{folder / CONFIG}: holds no settings; save the adapter again with `peft`")
     return settings

@@ -1,6 +1,5 @@
 """Batch inference through Ray Data: byte ranges of the input to a pool of actors that hold an engine each."""
 
-import contextlib
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ import ray
 import ray.data
 
 from ftray.core.errors import ClusterError, DataError, FtrayError
-from ftray.core.fs import fsync_path
+from ftray.core.fs import replace_file
 from ftray.core.types import Progress, no_progress
 from ftray.data.source import Unit, find_files, split_units
 from ftray.data.tokenise import tokeniser
@@ -84,7 +83,12 @@ def generate(
     total = sum(unit.stop - unit.start for unit in units)
     done = num_rows = num_bad = 0
     bad_path = output.with_name(output.name + ".quarantine.jsonl")
-    with _replacing(output) as rows, _replacing(bad_path) as bad:
+    with (
+        replace_file(output) as rows_path,
+        replace_file(bad_path) as bad_rows_path,
+        rows_path.open("w", encoding="utf-8") as rows,
+        bad_rows_path.open("w", encoding="utf-8") as bad,
+    ):
         for result in numbered(_run(job, units, num_workers, num_gpus)):
             rows.writelines(_line(row) for row in result.answered)
             bad.writelines(_line(row) for row in result.quarantined)
@@ -146,21 +150,6 @@ def _run(job: Job, units: list[Unit], num_workers: int, num_gpus: float) -> Iter
         if isinstance(result, FtrayError):
             raise result
         yield result
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A text file that takes its name when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with tmp.open("w", encoding="utf-8") as file:
-            yield file
-        fsync_path(tmp)
-        tmp.replace(path)
-        fsync_path(path.parent)
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ftray.core.errors import DeltaError
 from ftray.delta import manifest
 from ftray.engine.api import Request, Sampling
 from ftray.engine.core import StepEngine
@@ -16,6 +15,7 @@ from ftray.model.identity import base_identity
 from ftray.model.tokenizer import chat_template_hash, load_tokenizer
 from ftray.registry.registry import Registry
 from ftray.testing import tiny
+from tests.unit.engine.refused import refused
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +32,6 @@ def facts(tiny_base: Path) -> dict[str, Any]:
 @pytest.fixture
 def adapter(tiny_adapters: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_adapters["a"], tmp_path / "adapter"))
-
-
-def refused(engine: StepEngine, folder: Path) -> str:
-    with pytest.raises(DeltaError) as caught:
-        engine.load_delta("x", str(folder))
-    assert engine.deltas() == []
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_its_own_delta_is_taken_from_the_registry(

@@ -19,6 +19,7 @@ from ftray.model.build import load_model
 from ftray.model.identity import base_identity
 from ftray.testing import tiny
 from tests.peft_reference import MARGIN, Reference
+from tests.unit.engine.refused import refused
 
 
 def kinds() -> dict[str, Any]:
@@ -222,11 +223,3 @@ def test_a_pattern_from_outside_is_never_run(tiny_base: Path, tmp_path: Path, pa
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": pattern}))
     assert "target_modules is a pattern" in refused(engine, folder)
-
-
-def refused(engine: StepEngine, folder: Path) -> str:
-    with pytest.raises(DeltaError) as caught:
-        engine.load_delta("x", str(folder))
-    assert engine.deltas() == []
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
