@@ -91,7 +91,7 @@ class _Endpoint:
         self._timeout_s = request_timeout_s
         self._bodies = Bodies()
         self._created = int(time.time())
-        self._metrics = Metrics()
+        self._metrics = Metrics(lambda name: front.access.is_tenant(name))
 
     async def health(self) -> Response:
         """200 while the engine answers and there is something to serve."""

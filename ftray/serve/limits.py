@@ -71,3 +71,5 @@ class Bodies:
             raise ClientGone from None
         finally:
             self._held[tenant] -= size
+            if not self._held[tenant]:
+                del self._held[tenant]

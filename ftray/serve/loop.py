@@ -117,7 +117,7 @@ class EngineLoop:
     def _make_room(self, stream: _Stream) -> None:
         """Refuse (429) what finds no place, or else the latest requests of a tenant that holds more for its weight.
 
-        Longest queue drop (Suter et al., "Buffer management schemes for supporting TCP in gigabit routers", 1999): a
+        Longest queue drop (Suter et al., "Buffer management schemes for supporting TCP", 1999): a
         tenant that floods is refused itself, and leaves the others their places. What has begun is never given up.
         """
         streams = list(self._streams.values())

@@ -1,6 +1,6 @@
 """Prometheus metrics of one HTTP front, with a bounded number of series."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
@@ -22,9 +22,14 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class Metrics:
-    """What one HTTP front has seen. Labels are tenants, model ids that are served and HTTP statuses."""
+    """What one HTTP front has seen. Labels are tenants, model ids that are served and HTTP statuses.
 
-    def __init__(self) -> None:
+    Args:
+        is_tenant: whether a name is still a tenant's; the series of others go when there is no room for new ones.
+    """
+
+    def __init__(self, is_tenant: Callable[[str], bool] = lambda name: True) -> None:
+        self._is_tenant = is_tenant
         self._registry = registry = CollectorRegistry()
         self._pairs: set[tuple[str, str]] = set()
         self._requests = Counter(
@@ -85,10 +90,20 @@ class Metrics:
     def _bounded(self, tenant: str, model: str) -> tuple[str, str]:
         """A pair as labels: beyond the bound the tenants there are share one model, and all others one tenant."""
         if (tenant, model) not in self._pairs and len(self._pairs) >= MAX_PAIRS:
+            self._forget_those_who_left()
+        if (tenant, model) not in self._pairs and len(self._pairs) >= MAX_PAIRS:
             return (tenant if tenant in self._tenants else OTHERS), OTHER
         self._pairs.add((tenant, model))
         self._tenants.add(tenant)
         return tenant, model
+
+    def _forget_those_who_left(self) -> None:
+        gone = {name for name in self._tenants if name and not self._is_tenant(name)}
+        for tenant in gone:
+            for counter in (self._requests, self._tokens):
+                counter.remove_by_labels({"tenant": tenant})
+        self._tenants -= gone
+        self._pairs = {(tenant, model) for tenant, model in self._pairs if tenant not in gone}
 
 
 class _Visible:

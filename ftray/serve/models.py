@@ -11,6 +11,9 @@ from ftray.serve.backend import ServedModel
 from ftray.serve.errors import is_passing
 from ftray.serve.tenants import BASE, Access
 
+_MAX_CHECKED = 10_000
+"""Most versions whose check is remembered."""
+
 
 class Follower:
     """Follows a registry: which version each reference means, looked up only when something has changed.
@@ -58,6 +61,8 @@ class Follower:
                 if is_passing(error):
                     raise
                 self._checked[entry.ref] = str(error)
+            if len(self._checked) > _MAX_CHECKED:
+                del self._checked[next(iter(self._checked))]
         if problem := self._checked[entry.ref]:
             raise DeltaError(f"deltas: {entry.ref}: {problem}")
         return ServedModel(id=word, ref=entry.ref, digest=entry.digest)

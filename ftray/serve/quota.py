@@ -64,6 +64,7 @@ class Quotas:
     def set_tenants(self, tenants: list[TenantConfig]) -> None:
         """Use these tenants' quotas from now on."""
         self._tenants = {tenant.name: tenant for tenant in tenants}
+        self._seats = {name: held for name, held in self._seats.items() if name in self._tenants}
 
     async def lease(self, tenant: str, kind: Kind, needed: int) -> Grant:
         """See `Lender.lease`."""
@@ -155,12 +156,14 @@ class Gate:
                 code="rate_limit_exceeded",
                 retry_after_s=grant.retry_after_s,
             )
+        purse = self._purses.setdefault((tenant, kind), purse)  # it may have been given back meanwhile
         purse.amount += grant.amount - (needed - own)
         purse.until = self._clock() + LEASE_S
 
     def give_back(self, tenant: str, kind: Kind, amount: int) -> None:
-        """Put back what was not used."""
-        self._purses[tenant, kind].amount += amount
+        """Put back what was not used; what was leased too long ago is worth nothing any more."""
+        if purse := self._purses.get((tenant, kind)):
+            purse.amount += amount
 
     async def _sit(self, tenant: TenantConfig) -> None:
         name = tenant.name
@@ -183,7 +186,9 @@ class Gate:
         self._inside[tenant] -= 1
 
     async def renew(self) -> None:
-        """Keep the places in use and give the others back; to be called every few seconds."""
+        """Keep the places in use, give the others and empty purses back; to be called every few seconds."""
+        now = self._clock()
+        self._purses = {key: purse for key, purse in self._purses.items() if purse.until >= now}
         for name in list(self._granted):
             self._granted[name] = await self._lender.seats(name, self._front, self._inside[name])
             if not self._inside[name]:

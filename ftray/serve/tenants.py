@@ -63,6 +63,7 @@ class Access:
         keys: bool | None = None,
     ) -> None:
         self.tenants = list(tenants)
+        self._names = frozenset(tenant.name for tenant in tenants)
         self._open = not (tenants if keys is None else keys)
         self._keys = [_key for tenant in tenants for _key in _keys_of(tenant)]
         if metrics_key_sha256:
@@ -70,8 +71,12 @@ class Access:
         self._by_name = _index(models)
         if len({key.digest for key in self._keys}) < len(self._keys):
             raise ConfigError("tenants: two have the same key, or the metrics'; give each its own key")
-        if len({tenant.name for tenant in tenants}) < len(tenants):
+        if len(self._names) < len(tenants):
             raise ConfigError("tenants: two of them have the same name; give each its own")
+
+    def is_tenant(self, name: str) -> bool:
+        """Whether a tenant has this name."""
+        return name in self._names
 
     def check_deltas(self) -> None:
         """Refuse tenants whose deltas are not served (`ConfigError`)."""

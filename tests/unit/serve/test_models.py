@@ -11,6 +11,7 @@ from ftray.delta import manifest
 from ftray.model.identity import base_identity
 from ftray.model.tokenizer import chat_template_hash, load_tokenizer
 from ftray.registry.registry import Registry
+from ftray.serve import models
 from ftray.serve.models import Follower, bring, resolve_models
 from ftray.testing import tiny
 
@@ -57,6 +58,14 @@ def test_files_are_read_once_for_each_version(registry: Registry) -> None:
     registry.promote("a@1", "prod")
     follower.models("a")
     assert len(checked) == 1
+
+
+def test_only_so_many_checks_are_remembered(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_MAX_CHECKED", 2)
+    follower = Follower(registry, lambda folder: None)
+    for name in ("a", "b", "again"):
+        assert follower.models(name)
+    assert list(follower._checked) == ["b@1", "again@1"]
 
 
 def test_a_delta_of_another_base_is_refused_each_time(

@@ -8,7 +8,7 @@ import pytest
 
 from ftray.config.tenant import TenantConfig
 from ftray.core.errors import RequestError
-from ftray.serve.quota import SEAT_S, Gate, Quotas
+from ftray.serve.quota import LEASE_S, SEAT_S, Gate, Quotas
 
 from .conftest import CHAT, Serve, chat_body
 from .test_tenants import sha256
@@ -116,6 +116,23 @@ def test_places_of_a_front_that_died_come_back() -> None:
             await fronts.gates[1].enter(fronts.config)
         fronts.now += SEAT_S + 1
         await fronts.gates[1].enter(fronts.config)
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_kept_of_tenants_that_have_gone() -> None:
+    async def scenario() -> None:
+        fronts = Fronts(tenant(tokens_per_minute=100, max_concurrent_requests=2))
+        (gate,) = fronts.gates
+        admission = await gate.enter(fronts.config)
+        await admission.reserve(40)
+        fronts.now += LEASE_S + 1
+        await gate.renew()
+        assert not gate._purses and fronts.quotas._seats
+        admission.close(10)  # its lease is over: nothing comes back
+        await gate.renew()
+        fronts.quotas.set_tenants([])
+        assert not gate._inside and not gate._granted and not fronts.quotas._seats
 
     asyncio.run(scenario())
 

@@ -81,6 +81,21 @@ def test_the_number_of_series_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 'model="m3"' in text and 'model="m50"' not in text and 'model="other"' in text
 
 
+def test_tenants_that_have_gone_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "MAX_PAIRS", 4)
+    tenants = {"ann", "bob"}
+    found = Metrics(tenants.__contains__)
+    for tenant in ("ann", "bob"):
+        found.count(tenant, "m", 200, 1, 1)
+        found.count(tenant, "n", 404, 0, 0)
+    tenants.remove("ann")
+    tenants.add("cid")
+    found.count("cid", "m", 200, 1, 1)
+    text = found.render(None).decode()
+    assert 'tenant="ann"' not in text
+    assert text.count('tenant="bob"') and 'model="m",status="200",tenant="cid"' in text
+
+
 def test_secrets_and_prompts_are_nowhere(
     serve: Serve, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
