@@ -97,6 +97,9 @@ def test_callbacks_and_loggers_of_ray_tune_are_told_of_every_segment(undisturbed
         events = EventAccumulator(str(home))
         events.Reload()
         assert events.Scalars("ray/tune/score")[0].value == pytest.approx(record["score"])
+    found = tune.ExperimentAnalysis(str(home.parent), default_metric="score", default_mode="min")
+    assert found.best_result["score"] == min(record["score"] for record in commits)
+    assert set(found.dataframe()["hyperparameters/adapt.r"]) == {r["config"]["adapt.r"] for r in commits}
 
 
 def test_every_segment_is_trained_once_and_members_are_perturbed(undisturbed):
