@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ftray.config.load import write_resolved
 from ftray.config.recipe import Recipe
 from ftray.core.errors import TrainError
-from ftray.core.fs import lock_file
+from ftray.core.fs import lock_file, write_json
 from ftray.core.types import Progress, no_progress
 from ftray.data.store import Folder
 from ftray.train.stop import Stop
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ftray.data.grow import Background
 
 Record = dict[str, Any]
+
+STOPPED = "stopped.json"
+"""Written when a run was asked to end early and did: after which step, and why."""
 
 _CLAIM_WAIT_S = 30.0
 
@@ -58,6 +61,10 @@ class IO(Protocol):
     @property
     def stop_signal(self) -> int | None:
         """The signal that asked, if it was one."""
+        ...
+
+    def stopped(self, step: int, reason: str) -> None:
+        """The run ends before its time, with a checkpoint of this step; called on rank 0."""
         ...
 
     def log(self, record: Record) -> None:
@@ -132,6 +139,7 @@ class LocalIO:
         """Start this process's guard, and hear signals if this is its main thread."""
         if rank == 0:
             forget(self.run_dir)
+            (self.run_dir / STOPPED).unlink(missing_ok=True)  # of an earlier group that was resized
         limits = recipe.train
         self._stop = Stop(self.run_dir)
         self._watchdog = Watchdog(self.run_dir, rank, limits.watchdog_s, limits.watchdog_slow_s)
@@ -149,6 +157,10 @@ class LocalIO:
     def stop_signal(self) -> int | None:
         """The signal that asked, if it was one."""
         return None if self._stop is None else self._stop.signum
+
+    def stopped(self, step: int, reason: str) -> None:
+        """Leave word in the run's folder."""
+        write_json(self.run_dir / STOPPED, {"step": step, "reason": reason})
 
     def log(self, record: Record) -> None:
         """To every tracker."""

@@ -255,6 +255,10 @@ class _Led:
         """The group's."""
         return self._lead.stop_signal
 
+    def stopped(self, step: int, reason: str) -> None:
+        """The whole group does."""
+        self._lead.stopped(step, reason)
+
     def log(self, record: Record) -> None:
         """To the member's trackers."""
         self._io.log(record)

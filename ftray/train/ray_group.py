@@ -1,4 +1,4 @@
-"""A run as a Ray Train worker group: started, restarted, resized, and ended with what the user is to know."""
+"""A Ray Train worker group: started, restarted, resized, and ended with what the user is to know."""
 
 import contextlib
 import math
@@ -15,20 +15,20 @@ from ftray.config.recipe import Recipe
 from ftray.core import errors
 from ftray.core.errors import FtrayError, RunStopped, TrainError
 from ftray.core.fs import read_json, write_bytes, write_json
-from ftray.core.spec import dump, parse
-from ftray.data.store import Folder
 from ftray.strategy.elastic import bounds
-from ftray.train.io import Record
-from ftray.train.run import STOPPED, Result, stopped_after
+from ftray.train.io import STOPPED, Record
+from ftray.train.run import stopped_after
 from ftray.train.stop import FILE as STOP
 from ftray.train.stop import Stop
 from ftray.train.tail import Tail
 from ftray.train.track.jsonl import FILE as METRICS
 from ftray.train.watchdog import hung
-from ftray.train.worker import train
 
 MISTAKE = "mistake.json"
 """Written by a worker that meets a user's mistake, read and removed by the driver."""
+
+Body = Callable[[], object]
+"""What every worker of a group calls; pickles."""
 
 _RAY_SETTINGS = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -46,32 +46,26 @@ def run_group(
     recipe: Recipe,
     run_dir: Path,
     cwd: Path,
-    shards: tuple[Folder, Folder | None],
     cpus_per_worker: float,
-    accept_changed_data: bool,
-    on_record: Callable[[Record], None] | None,
-    *,
-    start_from: Path | None = None,
-    stop_at: int | None = None,
-) -> Result:
-    """Train in a worker group, again after each notice that ended one in order.
+    body: Body,
+    on_record: Callable[[Record], None] | None = None,
+) -> None:
+    """Have the workers of a group call a function, again after each notice that ended them in order.
 
-    The arguments after `run_dir` are those of `train` and of the group's workers.
+    Args:
+        recipe: says how the group is made and watched over.
+        run_dir: the group's folder, where it is asked to end and leaves word that it did.
+        cwd: where the workers work, if their nodes have that folder.
+        cpus_per_worker: CPUs that each claims.
+        body: the function.
+        on_record: called with what is appended to the metrics in `run_dir`.
 
     Raises:
         RunStopped: if this process was asked to end; a checkpoint holds every step.
         FtrayError: a user's mistake that a worker met, or what made the group fail `max_failures` times.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    config = {
-        "recipe": dump(recipe),
-        "run_dir": str(run_dir),
-        "shards": shards,
-        "cwd": str(cwd),
-        "accept_changed_data": accept_changed_data,
-        "start_from": None if start_from is None else str(start_from),
-        "stop_at": stop_at,
-    }
+    config = {"run_dir": str(run_dir), "cwd": str(cwd), "body": body}
     strategy = recipe.strategy
     least, most = bounds(strategy.num_workers)
     # Once for the whole run: a group that has lost a node waits for GPUs again and does not go on without.
@@ -85,7 +79,7 @@ def run_group(
                     (run_dir / name).unlink(missing_ok=True)
                 _fit(_trainer(recipe, run_dir, resources, config), run_dir, stop)
                 if not (run_dir / STOPPED).exists():
-                    return _result(run_dir)
+                    return
                 stopped = read_json(run_dir / STOPPED)
                 if stop.reason or stopped["step"] <= begun:
                     # Which worker saw the request first is chance; who made it is known here.
@@ -179,28 +173,20 @@ def _fit(trainer: Any, run_dir: Path, stop: Stop) -> None:
         if stop.reason and not told:
             told = True
             write_bytes(run_dir / STOP, stop.reason.encode())
-    if mistake := _mistake(run_dir):
+    if mistake := read_error(run_dir / MISTAKE):
         raise mistake
     if failed:
         found = hung(run_dir)
         raise (TrainError(found) if found else _ours(failed[0])) from failed[0]
 
 
-def _result(run_dir: Path) -> Result:
-    saved = read_json(run_dir / "result.json")
-    paths = {key: Path(saved[key]) for key in ("run_dir", "checkpoint", "delta") if saved[key]}
-    return Result(**{**saved, **paths})
-
-
 def _worker(config: dict[str, Any]) -> None:
-    """Body of one Ray Train worker: the same `train` as everywhere.
+    """One Ray Train worker.
 
     Ray Train starts a failed group again, which is right for a machine's fault and no use for a user's mistake:
     that one is written down, and the next group ends at once for the driver to tell it.
     """
     import torch
-
-    from ftray.train.ray_io import RayIO
 
     run_dir = Path(config["run_dir"])
     if (run_dir / MISTAKE).exists():
@@ -211,27 +197,26 @@ def _worker(config: dict[str, Any]) -> None:
         sys.path.insert(0, config["cwd"])
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     try:
-        train(
-            parse(Recipe, config["recipe"]),
-            RayIO(run_dir, config["shards"]),
-            start_from=config["start_from"] and Path(config["start_from"]),
-            stop_at=config["stop_at"],
-            accept_changed_data=config["accept_changed_data"],
-        )
+        config["body"]()
     except RunStopped:
         return  # rank 0 wrote down where; the driver decides what follows
     except FtrayError as error:
         with contextlib.suppress(OSError):  # a full disk: then the group's failure tells it
-            write_json(run_dir / MISTAKE, {"type": type(error).__name__, "message": str(error)})
+            write_error(run_dir / MISTAKE, error)
         raise
 
 
-def _mistake(run_dir: Path) -> FtrayError | None:
-    """What a worker wrote down about a user's mistake."""
-    if not (run_dir / MISTAKE).exists():
+def write_error(path: Path, error: FtrayError) -> None:
+    """Leave an error in a file for the driver of a group."""
+    write_json(path, {"type": type(error).__name__, "message": str(error)})
+
+
+def read_error(path: Path) -> FtrayError | None:
+    """The error that a worker left in a file, which is removed; None if it left none."""
+    if not path.exists():
         return None
-    told = read_json(run_dir / MISTAKE)
-    (run_dir / MISTAKE).unlink()
+    told = read_json(path)
+    path.unlink()
     found: FtrayError = getattr(errors, told["type"], TrainError)(told["message"])
     return found
 

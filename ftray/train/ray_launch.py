@@ -15,7 +15,9 @@ from ftray.strategy.elastic import bounds
 from ftray.train.check import check_model
 from ftray.train.io import LocalIO, Record
 from ftray.train.opaque.context import FOLDER as TRAINER
-from ftray.train.ray_group import resources_of, run_group
+from ftray.train.population import Part
+from ftray.train.ray_group import resources_of
+from ftray.train.ray_work import train_in_group
 from ftray.train.run import Result
 from ftray.train.stop import FILE as STOP
 from ftray.train.worker import train
@@ -62,13 +64,18 @@ def launch(
         Path.cwd()
     )  # of a submitted job it may be replaced by the same, unpacked again, while rows are prepared
     with session():
+        from ftray.train.ray_io import RayIO
+
         cpus_per_worker, cpus_per_task = _share_cpus(recipe)
         train_shards, validation_shards, background = _prepare(recipe, on_prepare, cpus_per_task)
         shards = (train_shards, validation_shards)
         try:
             least, _ = bounds(recipe.strategy.num_workers)
             wait_for_room(least, resources_of(least, cpus_per_worker), recipe.strategy.wait_for_room_s)
-            return run_group(recipe, run_dir, cwd, shards, cpus_per_worker, accept_changed_data, on_record)
+            part = Part(recipe, RayIO(run_dir, shards))
+            return train_in_group(
+                part, cwd, cpus_per_worker, on_record, accept_changed_data=accept_changed_data
+            )
         finally:
             if background is not None:
                 background.close()

@@ -29,9 +29,6 @@ from ftray.train.meter import Meter
 from ftray.train.plot import plot_run
 from ftray.train.profile import Profiler
 
-STOPPED = "stopped.json"
-"""Written when a run was asked to end early and did: after which step, and why."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -92,10 +89,7 @@ class Run:
 
     def start(self) -> None:
         """What is to be done once before the first step of this process."""
-        rank = self.recipe.strategy.dp_rank
-        self.io.start(self.recipe, rank)
-        if rank == 0:  # what an earlier group of the same command left when it was resized
-            (self.io.run_dir / STOPPED).unlink(missing_ok=True)
+        self.io.start(self.recipe, self.recipe.strategy.dp_rank)
         if self.recipe.train.nan_policy == "roll_back" and self.state.step == 0:
             self.commit(wait=True)  # so that there is one to go back to
 
@@ -198,7 +192,7 @@ class Run:
         self._save(wait=True)
         step, reason = self.state.step, reason or "another rank was asked to end"
         if strategy.dp_rank == 0:
-            write_json(self.io.run_dir / STOPPED, {"step": step, "reason": reason})
+            self.io.stopped(step, reason)
         strategy.barrier()
         raise RunStopped(stopped_after(self.recipe.name, step, reason), self.io.stop_signal)
 

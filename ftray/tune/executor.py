@@ -1,6 +1,7 @@
 """How the segments of a search are trained: each by itself, or as a population over one base in memory."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import Field
@@ -12,7 +13,7 @@ from ftray.core.fs import digest_json
 from ftray.core.spec import spec
 from ftray.train.share import check_member, check_rows, check_same, shared_field, shared_settings
 from ftray.tune.engine import Segment
-from ftray.tune.segment import Job, Outcome, Task, run_segments
+from ftray.tune.segment import Job, Outcome, Task, part_of, run_segments
 from ftray.tune.space import Space, apply
 
 if TYPE_CHECKING:
@@ -80,8 +81,6 @@ class Populations:
             self._check_values(path, [apply(recipe, {path: value}) for value in distribution.edges()])
         if config.train_fn != TRAIN_FN:
             raise ConfigError(f"train_fn: {config.train_fn} trains one member; leave it out for a population")
-        if config.spread:
-            raise ConfigError("spread: a population trains in one process; leave one of the two out")
         if config.asynchronous:
             raise ConfigError("asynchronous: members of a population step together; leave one of the two out")
 
@@ -100,7 +99,7 @@ class Populations:
         return max(1, -(-living // self.num_populations))
 
     def run(self, job: Job, segments: Sequence[Segment]) -> list[Outcome]:
-        """Together; the base stays in the process for the next segments."""
+        """Together: in this process, where the base stays for the next segments, or in a worker group."""
         return run_segments(job, segments, self._train)
 
     def release(self) -> None:
@@ -108,12 +107,14 @@ class Populations:
         _LIVE.clear()
 
     def _train(self, job: Job, tasks: Sequence[Task]) -> list[Any]:
-        from ftray.train.io import LocalIO  # imports torch, which the driver of a search does not need
-        from ftray.train.population import Part
-
         del job
-        parts = [Part(task.recipe, LocalIO(task.folder), task.start_from, task.stop_at) for task in tasks]
-        population = _in_memory(tasks[0].recipe)
+        parts = [part_of(task) for task in tasks]
+        recipe = tasks[0].recipe
+        if not recipe.strategy.in_process:
+            from ftray.train.ray_work import train_population_in_group
+
+            return list(train_population_in_group(parts, Path.cwd(), self.rows_per_pass))
+        population = _in_memory(recipe)
         try:
             return list(population.train(parts, rows_per_pass=self.rows_per_pass))
         except BaseException:

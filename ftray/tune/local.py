@@ -60,7 +60,7 @@ def take(engine: Engine, segment: Segment, outcome: Outcome) -> None:
     """
     if outcome.stopped:
         raise RunStopped(outcome.error, outcome.signum)
-    if outcome.fatal:
+    if outcome.fatal and not (outcome.retry and segment.attempt < engine.config.max_failures):
         raise TuneError(outcome.error)
     if outcome.score is None:
         engine.failed(segment, outcome.error, retry=outcome.retry)

@@ -199,15 +199,16 @@ class SegmentSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Take an outcome; a trial without one lost its process, which is no attempt of any one of several."""
+        """Take an outcome; a trial without one lost its process, by which member's fault nobody knows."""
         self.watch.tell()
         group = self._groups.pop(trial_id, None)
         if group is None or self.error is not None:
             return
-        lost = Outcome(error="the worker process died", retry=True)
-        if len(group) > 1:
+        told, together = "the worker process died", len(group) > 1
+        if together:
             remedy = "--resume goes on; if it lacked memory, with a smaller `rows_per_pass`"
-            lost = Outcome(error=f"the process of {len(group)} members died; {remedy}", fatal=True)
+            told = f"the process of {len(group)} members died; {remedy}"
+        lost = Outcome(error=told, retry=True, fatal=together)
         outcomes = [lost] * len(group)
         if not error and result and "outcomes" in result:
             outcomes = [Outcome(**outcome) for outcome in json.loads(result["outcomes"])]

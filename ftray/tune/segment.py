@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftray.config.recipe import Recipe
 from ftray.core.errors import ConfigError, FtrayError, RunStopped
@@ -23,6 +23,9 @@ from ftray.strategy.elastic import bounds
 from ftray.train.stop import FILE as STOP
 from ftray.tune.engine import Segment
 from ftray.tune.space import apply
+
+if TYPE_CHECKING:
+    from ftray.train.population import Part
 
 RESULT = "segment.json"
 
@@ -60,7 +63,7 @@ class Outcome:
     retry: bool = False
     """Whether another attempt may go better."""
     fatal: bool = False
-    """Whether the whole search must end."""
+    """Whether the whole search must end, once no other attempt is left that may go better."""
     stopped: bool = False
     """Whether it ended because it was asked to: so does the search."""
     signum: int | None = None
@@ -90,7 +93,7 @@ def run_segments(job: Job, segments: Sequence[Segment], train: Train | None = No
     """Train segments, or find that they have been trained; what came of each.
 
     A user's mistake (`FtrayError`) is not worth another attempt; any other exception is. What `train` raises,
-    instead of returning it for one task, says nothing about any of them and ends the search.
+    instead of returning it for one task, says nothing about any of them: in the end it ends the search.
 
     Args:
         job: of the search.
@@ -180,8 +183,8 @@ def _failure(folder: Path, error: Exception, *, of_all: bool = False) -> Outcome
         return Outcome(error=str(error), fatal=True, stopped=True, signum=error.signum)
     told = f"{type(error).__name__}: {error}"
     if of_all:
-        return Outcome(error=f"{told}; once it is mended, the same command with --resume goes on", fatal=True)
-    return Outcome(error=told, retry=not isinstance(error, FtrayError))
+        told += "; once it is mended, the same command with --resume goes on"
+    return Outcome(error=told, retry=not isinstance(error, FtrayError), fatal=of_all)
 
 
 def read_result(folder: Path) -> tuple[Path | None, Path | None]:
@@ -210,25 +213,29 @@ def _train_in_turn(job: Job, tasks: Sequence[Task]) -> list[Any]:
     found: list[Any] = []
     for task in tasks:
         try:
-            found.append(_run(job, task.recipe, task.folder, task.start_from, task.stop_at))
+            found.append(_run(job, task))
         except Exception as error:
             found.append(error)
     return found
 
 
-def _run(job: Job, recipe: Recipe, folder: Path, start_from: Path | None, stop_at: int) -> Any:
+def _run(job: Job, task: Task) -> Any:
     """The result of training: in this process, or by a worker group of its own where the recipe is spread."""
+    part, strategy = part_of(task), task.recipe.strategy
+    if strategy.in_process:
+        train = load_function(job.train_fn)
+        return train(part.recipe, part.io, start_from=part.start_from, stop_at=part.stop_at)
+    from ftray.train.ray_work import train_in_group
+
+    return train_in_group(part, Path.cwd(), strategy.cpus_per_worker)
+
+
+def part_of(task: Task) -> "Part":
+    """What is to be trained, in the task's folder on this machine."""
     from ftray.train.io import LocalIO  # imports torch, which the driver of a search does not need
+    from ftray.train.population import Part
 
-    io = LocalIO(folder)
-    if recipe.strategy.in_process:
-        return load_function(job.train_fn)(recipe, io, start_from=start_from, stop_at=stop_at)
-    from ftray.train.ray_group import run_group
-
-    shards, cpus = io.prepare(recipe), recipe.strategy.cpus_per_worker
-    return run_group(
-        recipe, folder, Path.cwd(), shards, cpus, False, None, start_from=start_from, stop_at=stop_at
-    )
+    return Part(task.recipe, LocalIO(task.folder), task.start_from, task.stop_at)
 
 
 def _outcome(job: Job, record: dict[str, Any]) -> Outcome:

@@ -9,7 +9,7 @@ import pytest
 
 from ftray.config.recipe import Recipe
 from ftray.config.tune import TuneConfig
-from ftray.core.errors import RunStopped, TuneError
+from ftray.core.errors import RunStopped, TrainError, TuneError
 from ftray.core.spec import parse, spec
 from ftray.train.population import Population
 from ftray.tune.journal import read
@@ -99,12 +99,12 @@ def test_what_ends_all_members_of_a_population_is_no_failure_of_theirs(
     trained = Population.train
 
     def too_many_rows(self: Population, parts: Any, *, rows_per_pass: int | None = None) -> Any:
-        if rows_per_pass is None:  # as where `DefaultCPUAllocator` cannot have them
-            raise MemoryError
+        if rows_per_pass is None:
+            raise TrainError("out of memory")
         return trained(self, parts, rows_per_pass=rows_per_pass)
 
     monkeypatch.setattr(Population, "train", too_many_rows)
-    with pytest.raises(TuneError, match=r"MemoryError: .*with --resume goes on"):
+    with pytest.raises(TuneError, match=r"out of memory; .*with --resume goes on"):
         run_local(search(tmp_path, "stopped", executor="population"), recipe)
     executor = {"type": "population", "rows_per_pass": 2}
     result = run_local(search(tmp_path, "stopped", executor=executor), recipe)
@@ -112,17 +112,45 @@ def test_what_ends_all_members_of_a_population_is_no_failure_of_theirs(
     assert "fail" not in kinds and kinds.count("commit") == 4 and result.num_drivers == 2
 
 
-def test_a_process_that_died_with_several_members_is_no_attempt_of_any(
+def test_what_ended_all_members_by_chance_is_tried_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As often as a member is; then it ends the search and nobody is out of it."""
+    undisturbed = run_local(search(tmp_path, "undisturbed", executor="population"), recipe)
+    trained, failures = Population.train, ["once"]
+
+    def fail(self: Population, parts: Any, *, rows_per_pass: int | None = None) -> Any:
+        if failures and parts[0].start_from is not None:
+            failures.pop()
+            raise ConnectionError("lost")
+        return trained(self, parts, rows_per_pass=rows_per_pass)
+
+    monkeypatch.setattr(Population, "train", fail)
+    result = run_local(search(tmp_path, "again", executor="population"), recipe)
+    assert (result.score, result.lineage) == (undisturbed.score, undisturbed.lineage)
+    assert not failures and result.num_drivers == 1
+    failures += ["once", "twice"]
+    with pytest.raises(TuneError, match="lost; once it is mended"):
+        run_local(search(tmp_path, "ended", executor="population"), recipe)
+    records = read(tmp_path / "ended" / "journal.jsonl")
+    assert [record["final"] for record in records if record["kind"] == "fail"] == [False, False]
+
+
+def test_a_process_that_died_with_several_members_is_started_again_and_then_the_search_ends(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    for executor, ends in (("population", True), ("trials", False)):
+    for executor, failed, ends in (("population", [False, False], True), ("trials", [False, True], False)):
         engine, job = open_search(search(tmp_path, executor, executor=executor), recipe)
         searcher = SegmentSearcher(engine, job, StallWatch(tmp_path / "segments", None))
-        assert searcher.suggest("trial")
+        first = searcher.suggest("trial")["segments"]
         searcher.on_trial_complete("trial", error=True)
+        again = searcher.suggest("again")["segments"]
+        assert [segment["attempt"] for segment in again] == [1] * len(first)
+        assert [segment["name"] for segment in again] == [segment["name"] for segment in first]
+        searcher.on_trial_complete("again", error=True)
         fails = [record["final"] for record in engine.journal.records if record["kind"] == "fail"]
         engine.close()
-        assert fails == ([] if ends else [False])
+        assert fails == failed
         assert (searcher.error is not None) == ends
         if ends:
             with pytest.raises(TuneError, match=r"process of 2 members died; .*--resume"):

@@ -151,6 +151,7 @@ def test_what_a_population_cannot_do_is_told_before_it_begins(
     recipe: Recipe, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     full = make_recipe(adapt="full", train__global_batch_size=2)
+    sharded = make_recipe(strategy="deepspeed", train__global_batch_size=2)
     rate = {"optim.learning_rate": {"uniform": [0.1, 0.2]}}
     cases: list[tuple[str, Recipe, dict[str, Any]]] = [
         ("adapt: `full` trains the base", full, {"space": rate}),
@@ -160,7 +161,7 @@ def test_what_a_population_cannot_do_is_told_before_it_begins(
             {"space": {"model.dtype": {"choice": ["float32", "bfloat16"]}}},
         ),
         ("space.adapt.target_modules", recipe, {"space": {"adapt.target_modules": {"choice": [["q_proj"]]}}}),
-        ("spread: a population", recipe, {"spread": True}),
+        ("executor: `Population` steps each member by", sharded, {"spread": True}),
         ("asynchronous: members", recipe, {"asynchronous": True}),
         ("train_fn: ftray.testing", recipe, {"train_fn": "ftray.testing.toy_train:train"}),
     ]
