@@ -2,7 +2,7 @@
 kills leave behind.
 
 Real commands, or an endpoint under load, are disturbed for some minutes, and their outcome is compared with that of
-one nobody disturbed; the last line is one JSON object. With `--keep` a campaign of training runs goes on where the
+one nobody disturbed; the last line is one JSON object. With `--keep` a campaign goes on where the
 last command left it.
 """
 
