@@ -28,6 +28,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": True,
     },
+    "1b": _LLAMA
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
     "tiny": _LLAMA
     | {
         "hidden_size": 64,
@@ -39,7 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""Shapes of Llama 3.1 8B and Llama 3.2 3B; full fine-tuning of 8B takes 16 bytes a parameter before activations."""
+"""Shapes of Llama 3.1 8B, Llama 3.2 3B and 1B; full fine-tuning takes 16 bytes a parameter before activations."""
 
 
 def build(shape: str, *, dtype: torch.dtype, attn: str, device: str) -> Any:

@@ -2,7 +2,8 @@
 
 Arms take turns in one process with one type of weights; a ratio is the median over the rounds, of tokens of prompts
 and answers together per second of processor time (`_wall`: of the clock). The peer is `generate` of transformers,
-with PEFT's mixed batches for adapters, at the fastest of several batch sizes and with prompts sorted by length.
+with PEFT's mixed batches for adapters, at the fastest of several batch sizes and with prompts sorted by length. The
+part `vllm` needs `FTRAY_VLLM_PYTHON`.
 """
 
 import argparse
@@ -16,12 +17,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.serve.over_http import http, victim
+from benchmarks.serve.over_http import http, steady, victim
 from benchmarks.serve.sections import SECTIONS, Section
 from benchmarks.serve.setup import SHAPES, Setup
+from benchmarks.serve.versus_vllm import vllm
 from ftray.engine import native
 
-_ALL = SECTIONS | {"http": http, "victim": victim}
+_ALL = SECTIONS | {"http": http, "steady": steady, "victim": victim, "vllm": vllm}
 _QUICK = {"40m": 64, "235m": 24}
 _LONG = {"40m": 128, "235m": 64}
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,20 +27,22 @@ class Rate:
     per_s: float
 
 
-def measure(work: Work) -> Rate:
-    """Run once. Everything is computed in this process."""
-    wall, cpu = time.perf_counter(), time.process_time()
+def measure(work: Work, clock: Callable[[], float] = time.process_time) -> Rate:
+    """Run once; `clock` tells the processor seconds of what computes it."""
+    wall, cpu = time.perf_counter(), clock()
     tokens = work()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    wall, cpu = time.perf_counter() - wall, clock() - cpu
     return Rate(tokens / cpu, tokens / wall)
 
 
-def interleave(arms: Mapping[str, Work], rounds: int) -> dict[str, list[Rate]]:
-    """Every arm once a round, after a round that is not counted."""
+def interleave(
+    arms: Mapping[str, Work], rounds: int, clocks: Mapping[str, Callable[[], float]] = MappingProxyType({})
+) -> dict[str, list[Rate]]:
+    """Every arm once a round, after a round that is not counted; by its clock if it is not computed here."""
     found: dict[str, list[Rate]] = {name: [] for name in arms}
     for number in range(rounds + 1):
         for name, work in arms.items():
-            rate = measure(work)
+            rate = measure(work, clocks.get(name, time.process_time))
             if number:
                 found[name].append(rate)
     return found
@@ -47,7 +50,7 @@ def interleave(arms: Mapping[str, Work], rounds: int) -> dict[str, list[Rate]]:
 
 def our_engine(base: Path, adapters: Mapping[str, Path], dtype: str, **settings: Any) -> StepEngine:
     """The product's engine with its adapters loaded."""
-    known = {
+    known: dict[str, Any] = {
         "prefix_cache": False,
         "dtype": dtype,
         "device": "cpu",
@@ -87,10 +90,11 @@ def ours(engine: StepEngine, prompts: Sequence[Prompt], new_tokens: int) -> Work
 class HuggingFace:
     """A model of transformers, with PEFT around it if there are adapters."""
 
-    def __init__(self, base: Path, adapters: Mapping[str, Path], dtype: str) -> None:
+    def __init__(self, base: Path, adapters: Mapping[str, Path], dtype: str, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
 
         self.model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+        self._device = device
         if adapters:
             from peft import PeftModel
 
@@ -98,7 +102,7 @@ class HuggingFace:
             self.model = PeftModel.from_pretrained(self.model, str(folder), adapter_name=first)
             for name, folder in rest:
                 self.model.load_adapter(str(folder), adapter_name=name)
-        self.model.eval()
+        self.model.eval().to(device)
 
     def work(self, prompts: Sequence[Prompt], new_tokens: int, batch: int) -> Work:
         """Batches of requests sorted by length, so that little is padded; token ids only."""
@@ -121,6 +125,15 @@ class HuggingFace:
         return size, found[size]
 
     @torch.inference_mode()
+    def worst_gap(self, prompt: list[int], answer: list[int], adapter: str | None) -> float:
+        """How far an answer's tokens are below the greatest logit at most, each after those before it."""
+        ids = torch.tensor([prompt + answer[:-1]], device=self._device)
+        more = {} if adapter is None else {"adapter_names": [adapter]}
+        logits_TV = self.model(input_ids=ids, **more).logits[0, len(prompt) - 1 :].float()
+        chosen_T = logits_TV.gather(1, torch.tensor(answer, device=self._device)[:, None])[:, 0]
+        return float((logits_TV.max(-1).values - chosen_T).max())
+
+    @torch.inference_mode()
     def _generate(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
         width = max(len(prompt.ids) for prompt in prompts)
         # Padded at the left, as decoding goes on at the right.
@@ -129,11 +142,11 @@ class HuggingFace:
         names = [prompt.adapter or "__base__" for prompt in prompts]
         more = {"adapter_names": names} if any(prompt.adapter for prompt in prompts) else {}
         output = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.to(self._device),
+            attention_mask=mask.to(self._device),
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
             **more,
         )
-        assert output.shape == (len(prompts), width + new_tokens)
+        assert output.cpu().shape == (len(prompts), width + new_tokens)  # waits for the device

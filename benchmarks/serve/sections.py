@@ -20,6 +20,8 @@ _REQUESTS = 32
 _STREAMS = (1, 8, 32)
 _REGISTERED = 1000
 _DISTINCT = 64
+_KEPT_OF_DISK = 16
+"""Adapters in memory beside those in place, where the others are to be read from disk."""
 
 
 class Section:
@@ -181,34 +183,44 @@ def swaps(section: Section, shape: str) -> Figures:
 
 
 def registered(section: Section, shape: str) -> Figures:
-    """Requests under 1,000 registered adapters in Zipf's proportions, 32 of them in place, against the base."""
-    setup, requests = section.setup, 4 * _REQUESTS
-    engine = section.engine(shape, 0, max_loras=32, max_num_seqs=32)
-    for name, folder in _copies(setup, shape):
-        engine.register_delta(name, str(folder))
+    """Requests under 1,000 registered adapters in Zipf's proportions, 32 of them in place, against the base.
+
+    Twice: those not in place are kept in memory, or 16 are and the others are read from disk (`_disk`).
+    """
+    setup, requests, new_tokens = section.setup, 4 * _REQUESTS, section.new_tokens[shape]
+    folders = dict(_copies(setup, shape))
     draw = random.Random(0)
     weights = [1 / (rank + 1) for rank in range(_REGISTERED)]
     names = draw.choices([f"r{number}" for number in range(_REGISTERED)], weights, k=requests)
     prompts = setup.prompts(requests, [*names])
     plain = [Prompt(prompt.ids, None) for prompt in prompts]
-    new_tokens = section.new_tokens[shape]
-    arms = {"registered": ours(engine, prompts, new_tokens), "base": ours(engine, plain, new_tokens)}
-    rates = interleave(arms, section.rounds)
-    both = list(zip(rates["registered"], rates["base"], strict=True))
-    return {
-        "registered_distinct_used": len(set(names)),
-        "registered_loads": engine._slots.num_loads / (section.rounds + 1),
-        "ratio_1000_registered": statistics.median(a.per_cpu_s / b.per_cpu_s for a, b in both),
-        "ratio_1000_registered_wall": statistics.median(a.per_s / b.per_s for a, b in both),
-        "tokens_per_cpu_s_registered": statistics.median(a.per_cpu_s for a, _ in both),
+    engines = {
+        name: section.engine(shape, 0, max_loras=32, max_num_seqs=32, max_cpu_loras=kept)
+        for name, kept in (("", 256), ("_disk", _KEPT_OF_DISK))
     }
+    for engine in engines.values():
+        for name, folder in folders.items():
+            engine.register_delta(name, str(folder))
+    arms = {f"registered{name}": ours(engine, prompts, new_tokens) for name, engine in engines.items()}
+    rates = interleave(arms | {"base": ours(engines[""], plain, new_tokens)}, section.rounds)
+    figures: Figures = {"registered_distinct_used": len(set(names))}
+    for name, engine in engines.items():
+        both = list(zip(rates[f"registered{name}"], rates["base"], strict=True))
+        figures |= {
+            f"registered{name}_loads": engine.stats().delta_loads / (section.rounds + 1),
+            f"registered{name}_reads": engine.stats().delta_reads / (section.rounds + 1),
+            f"ratio_1000_registered{name}": statistics.median(a.per_cpu_s / b.per_cpu_s for a, b in both),
+            f"ratio_1000_registered{name}_wall": statistics.median(a.per_s / b.per_s for a, b in both),
+            f"tokens_per_cpu_s_registered{name}": statistics.median(a.per_cpu_s for a, _ in both),
+        }
+    return figures
 
 
 def _copies(setup: Setup, shape: str) -> Iterator[tuple[str, Path]]:
     """1,000 adapter folders: hard links to the files of 64."""
     sources = itertools.cycle(setup.adapters(shape, _DISTINCT).values())
     for number, source in zip(range(_REGISTERED), sources, strict=False):
-        folder = setup.folder / f"registered-{shape}" / f"r{number}"
+        folder = setup.folder / f"registered-{shape}-{setup.dtype}" / f"r{number}"
         folder.mkdir(parents=True, exist_ok=True)
         for file in source.iterdir():
             if not (folder / file.name).exists():

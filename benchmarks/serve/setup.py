@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.gpu.shapes import SHAPES as LARGE
 from ftray.adapt.peft_files import CONFIG, PREFIX, WEIGHTS
 from ftray.data.train_tokenizer import train_tokenizer
 from ftray.model.tokenizer import load_tokenizer
@@ -45,6 +46,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """40.4 and 234.9 million parameters, the input and the output embedding among them."""
+_GPU_SHAPES = {
+    name: _LLAMA
+    | LARGE[name]
+    # With one random matrix at both ends, a model says its last token again whatever its adapter.
+    | {"vocab_size": max(VOCABULARY, LARGE[name]["vocab_size"]), "tie_word_embeddings": False}
+    for name in ("1b", "8b", "tiny")
+}
 _LEAST_TOKENS, _MOST_TOKENS = 16, 192
 
 
@@ -57,11 +65,16 @@ class Prompt:
 
 
 class Setup:
-    """A folder with the tokenizer, and bases and adapters as they are asked for."""
+    """A folder with the tokenizer, and bases and adapters as they are asked for.
 
-    def __init__(self, folder: Path, dtype: str) -> None:
-        self.folder = folder
-        self.dtype = dtype
+    Args:
+        folder: where they are.
+        dtype: of the bases' weights.
+        device: where random weights are drawn.
+    """
+
+    def __init__(self, folder: Path, dtype: str, device: str = "cpu") -> None:
+        self.folder, self.dtype, self.device = folder, dtype, device
         self._ids: list[list[int]] = []
 
     def base(self, shape: str) -> Path:
@@ -72,8 +85,9 @@ class Setup:
         if not (folder / "config.json").is_file():
             load_tokenizer(self._tokenizer()).save_pretrained(folder)
             torch.manual_seed(0)
-            config = AutoConfig.for_model(**SHAPES[shape])
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
+            config = AutoConfig.for_model(**shape_of(shape))
+            with torch.device(self.device):
+                model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
             model.save_pretrained(folder)
         return folder
 
@@ -98,19 +112,19 @@ class Setup:
         return folder
 
     def _adapter(self, shape: str, number: int) -> Path:
-        folder = self.folder / f"adapters-{shape}" / f"a{number}"
+        folder = self.folder / f"adapters-{shape}-{self.dtype}" / f"a{number}"
         if (folder / CONFIG).is_file():
             return folder
         folder.mkdir(parents=True, exist_ok=True)
-        generator = torch.Generator().manual_seed(number)
+        generator, dtype = torch.Generator().manual_seed(number), getattr(torch, self.dtype)
         tensors = {}
         for name, (rows, columns) in linear_shapes(shape).items():
             a, b = (
                 torch.randn(RANK, columns, generator=generator),
                 torch.randn(rows, RANK, generator=generator),
             )
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = a * columns**-0.5
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = b * 0.02
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = (a * columns**-0.5).to(dtype)
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = (b * 0.02).to(dtype)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         config = {
             "peft_type": "LORA",
@@ -124,9 +138,14 @@ class Setup:
         return folder
 
 
+def shape_of(name: str) -> dict[str, Any]:
+    """Fields of a base's configuration."""
+    return (SHAPES | _GPU_SHAPES)[name]
+
+
 def linear_shapes(shape: str) -> dict[str, tuple[int, int]]:
     """Name -> (rows, columns) of every linear layer but the output head."""
-    config = SHAPES[shape]
+    config = shape_of(shape)
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     narrow = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
     block = {

@@ -98,6 +98,8 @@ class EngineStats:
     """Times an answer gave its blocks up to others."""
     delta_loads: int = 0
     """Times a delta was put in place."""
+    delta_reads: int = 0
+    """Times one was read beside the steps."""
     step_s: float = 0.0
     """Seconds that a step with one token of each row has taken lately; 0 if that is not measured."""
     tenant_tokens: Mapping[str, int] = field(default_factory=dict)

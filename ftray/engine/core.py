@@ -237,6 +237,7 @@ class StepEngine:
             recomputed_tokens=self.scheduler.num_recomputed,
             preemptions=self.scheduler.num_preempted,
             delta_loads=self._slots.num_loads,
+            delta_reads=self._slots.num_reads,
             step_s=self.scheduler.pace.step_s if self.scheduler.pace else 0.0,
             tenant_tokens=self.scheduler.shares.tokens(),
         )

@@ -4,9 +4,6 @@ _KEPT = 0.98
 """What a step counts for beside the one after it: the last fifty or so decide."""
 _LEAST_SPREAD = 0.05
 """Relative variance of the tokens of steps below which nothing is learned about the price of one."""
-_URGENCY = 4.0
-"""How much more a row that waits for its prompt counts than one that decodes: a row that has begun makes all
-that follow cheaper, as weights are read once for all of them."""
 
 
 class Pace:
@@ -43,4 +40,6 @@ class Pace:
         """
         if self._token_s <= 0 or self.step_s <= 0:
             return float("inf")
-        return max(self._prompt_share, _URGENCY * due) * self.step_s / self._token_s
+        # Squared: a few that wait hardly slow the others down, while many begin at once, which makes later steps
+        # cheaper, as weights are read once for all rows.
+        return max(self._prompt_share, due**2) * self.step_s / self._token_s

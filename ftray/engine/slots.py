@@ -37,6 +37,8 @@ class Slots:
     max_own: int = 1
     num_loads: int = 0
     """Times a delta was put in place."""
+    num_reads: int = 0
+    """Times one was read beside the steps."""
     _names: dict[str, Entry] = field(default_factory=dict)
     _placed: "OrderedDict[Entry, None]" = field(default_factory=OrderedDict)
     _kept: "OrderedDict[Entry, None]" = field(default_factory=OrderedDict)
@@ -183,6 +185,7 @@ class Slots:
         entry.reading = self._reader.submit(fetch, read, entry.source)
         entry.reading.add_done_callback(lambda _: self._done.set())
         self._reading.add(entry)
+        self.num_reads += 1
 
     def _num_own(self) -> int:
         """Whole models in memory, and those being read."""

@@ -57,14 +57,18 @@ class Swapped:
         """
         parts: dict[SlotLinear, dict[int, Pair]] = defaultdict(dict)
         for name, pair in factors.items():
-            if len(pair.a_RI) > self._max_rank:
-                raise DeltaError(
-                    f"`{name}` has rank {len(pair.a_RI)}, more than max_lora_rank: {self._max_rank}; truncate the"
-                    " delta (`ftray delta scale --factor 1 --rank`) or raise the setting"
-                )
+            self.check_rank(name, len(pair.a_RI))
             site = self.sites[name]
             parts[site.linear][site.part] = pair
         return [(linear, linear.slots.prepare(mine)) for linear, mine in parts.items()]
+
+    def check_rank(self, name: str, rank: int) -> None:
+        """Raise `DeltaError` if a layer's factors have too great a rank."""
+        if rank > self._max_rank:
+            raise DeltaError(
+                f"`{name}` has rank {rank}, more than max_lora_rank: {self._max_rank}; truncate the delta"
+                " (`ftray delta scale --factor 1 --rank`) or raise the setting"
+            )
 
     def put(self, slot: int, prepared: Placed) -> None:
         """Put a delta into a slot that is clear."""

@@ -138,6 +138,8 @@ class TorchRunner:
             for name, pair in factors.items()
             if name not in stacks
         }
+        for name in stacks:
+            self._base.swapped.check_rank(name, factors[name][0].shape[-2])
         experts = dataclasses.replace(found.adapter, factors={name: factors[name] for name in stacks})
         return SlotDelta(found.digest, self._base.swapped.prepare(pairs), experts, found.size_bytes)
 

@@ -204,8 +204,8 @@ def test_prompts_are_held_back_beside_answers_by_their_tenants_weights() -> None
     for name in "bcdefg":
         add(name, "flood", 200)
     add("v", "victim", 200)
-    # The victim's row is due as much as the flood's seven, of which one decodes: 4 * (1 + 6 / 7) / (1 / 7) steps.
-    assert prompt_tokens() == 520
+    # The victim's row is due as much as the flood's seven, of which one decodes: ((1 + 6 / 7) / (1 / 7))**2 steps.
+    assert prompt_tokens() == 892
     while prompt_tokens():
         pass
     add("h", "flood", 50)
@@ -219,7 +219,7 @@ def test_a_pace_learns_what_steps_and_tokens_take() -> None:
         pace.note(extra, 0.02 + 0.0005 * extra)
     assert pace.step_s == pytest.approx(0.02)
     assert pace.prompt_tokens(0.0) == pytest.approx(0.3 * 0.02 / 0.0005)
-    assert pace.prompt_tokens(0.5) == pytest.approx(2 * 0.02 / 0.0005)
+    assert pace.prompt_tokens(2.0) == pytest.approx(4 * 0.02 / 0.0005)
     for _ in range(100):  # nothing but equal steps, on a machine half as fast
         pace.note(12, 0.052)
     assert pace.step_s == pytest.approx(0.052 - 12 * 0.0005, rel=0.05)

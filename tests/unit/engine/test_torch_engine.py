@@ -249,3 +249,18 @@ def test_bfloat16_answers(tiny_base: Path, tiny_adapters: dict[str, Path]) -> No
     engine = build(tiny_base, tiny_adapters, dtype="bfloat16")
     outputs = engine.generate([ask("x", "a"), ask("y", "b"), ask("z")])
     assert [len(output.token_ids) for output in outputs] == [8, 8, 8]
+
+
+def test_ranks_of_experts_are_bounded_too(tmp_path: Path) -> None:
+    base = tiny.tiny_base(tmp_path / "base", "qwen3_moe")
+    adapter = tiny.random_adapter(
+        base,
+        tmp_path / "a",
+        r=8,
+        target_modules=["q_proj", "v_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        rank_pattern={"q_proj": 2, "v_proj": 2},
+    )
+    build(base, {"a": adapter}, max_lora_rank=8)
+    with pytest.raises(DeltaError, match=r"experts.* has rank 8, more than max_lora_rank: 4"):
+        build(base, {"a": adapter}, max_lora_rank=4)
