@@ -1,10 +1,10 @@
 """`python -m benchmarks.chaos --tune`: searches whose processes are killed, and what became of them.
 
-Each search is the real command (`ftray tune`) on a cluster of its own, one of `benchmarks.chaos_search`. When its
-journal has grown to a random length, one of its processes is killed, several times in a row; the command is given
-again with `--resume` until it succeeds. The outcome is compared with that of a search nobody disturbed; the
-campaign fails if one that was disturbed did not end as that one, lost anything or repeated more than its kills
-explain.
+Each search is the real command (`ftray tune`) on a cluster of its own, one of `benchmarks.chaos_search`. After a
+random number of records of its journal, or of steps, one of its processes is killed, several times in a row; the
+command is given again with `--resume` until it succeeds. The outcome is compared with that of a search nobody
+disturbed; the campaign fails if one that was disturbed did not end as that one, lost anything or repeated more than
+its kills explain.
 """
 
 import collections
@@ -36,6 +36,7 @@ _KILLS = 4
 _ATTEMPTS = 8
 _WAIT_S = 150.0
 _PROCESS_S = 20.0
+_STEP_S = 0.3
 
 
 @dataclass
@@ -114,10 +115,7 @@ class Campaign:
         process = self.start(arm, name)
         for outcome.attempts in range(1, _ATTEMPTS + 1):
             # Until the driver is dead: it goes on after the end of a trial.
-            while kinds and self.wait_for(
-                name, self.draw.randrange(1, max(2, total // (_KILLS + 1))), process
-            ):
-                time.sleep(self.draw.random() * arm.delay_s)
+            while kinds and self.wait_for(arm, name, total, process):
                 self.disturb(kinds.pop(0), process, outcome)
             try:
                 code = process.wait(_WAIT_S)
@@ -162,14 +160,23 @@ class Campaign:
                 command, env=environment, cwd=home, stdout=log, stderr=log, start_new_session=True
             )
 
-    def wait_for(self, name: str, num_records: int, process: subprocess.Popen[bytes]) -> bool:
-        """True when the journal is longer by so many, False if the search ended before."""
-        deadline = time.monotonic() + _WAIT_S
-        num_records += len(self.records(name))
-        while len(self.records(name)) < num_records:
+    def wait_for(self, arm: Arm, name: str, total: int, process: subprocess.Popen[bytes]) -> bool:
+        """True some time after more records of the journal (`total`: of all), or in the middle of further steps.
+
+        False if the search ended before.
+        """
+        in_steps = self.draw.random() < 0.5
+        more = self.draw.randrange(1, 2 * arm.steps if in_steps else max(2, total // (_KILLS + 1)))
+
+        def count() -> int:
+            return arm.num_steps(self.folder / name) if in_steps else len(self.records(name))
+
+        deadline, enough = time.monotonic() + _WAIT_S, count() + more
+        while count() < enough:
             if process.poll() is not None or time.monotonic() > deadline:
                 return False
             time.sleep(0.01)
+        time.sleep(self.draw.random() * (_STEP_S if in_steps else arm.delay_s))
         return True
 
     def disturb(self, kind: str, process: subprocess.Popen[bytes], outcome: Outcome) -> None:
