@@ -198,11 +198,12 @@ def processes(deployment: str) -> list[psutil.Process]:
 
 
 def _waited_s(pid: int) -> float:
-    """How long a process was ready to run and others had the processors (its main thread; Linux)."""
-    try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
-    except (OSError, IndexError):
-        return 0.0
+    """How long a process was ready to run while others had the processors, its threads together (Linux)."""
+    waited_ns = 0
+    for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, IndexError):
+            waited_ns += int(file.read_text().split()[1])
+    return waited_ns / 1e9
 
 
 def _command(process: psutil.Process) -> str:

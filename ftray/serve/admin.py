@@ -98,7 +98,8 @@ class _Shell:
         scheme, _, token = header.partition(" ")
         found = hashlib.sha256(token.strip().encode()).digest()
         if not hmac.compare_digest(found, self._digest) or scheme.lower() != "bearer":
-            raise RequestError("the admin token is missing or not valid", status=401, code="invalid_token")
+            message = "the admin token is missing or not valid; send it as `Authorization: Bearer`"
+            raise RequestError(message, status=401, code="invalid_token")
         await self._app(scope, receive, send)
 
 
@@ -164,7 +165,9 @@ async def _body(request: Request, cls: Any) -> Any:
     async for part in request.stream():
         data += part
         if len(data) > _MAX_BODY_BYTES:
-            raise RequestError("the body is too large", status=413, code="too_large")
+            raise RequestError(
+                f"the body has more than {_MAX_BODY_BYTES} bytes; shorten it", status=413, code="too_large"
+            )
     return parse(bytes(data) or b"{}", cls)
 
 

@@ -137,7 +137,9 @@ class Control:
     async def unload(self, ref: str) -> None:
         """Serve a reference no longer; requests in flight end. Raises `RequestError` (404)."""
         if ref not in self.refs:
-            raise RequestError(f"{ref[:100]}: is not served", status=404, code="model_not_found")
+            served = ", ".join(self.refs) or "none"
+            message = f"{ref[:100]}: is not served; served are: {served}"
+            raise RequestError(message, status=404, code="model_not_found")
         self.refs.remove(ref)
         await self.look()
 

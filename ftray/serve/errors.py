@@ -34,6 +34,7 @@ def install(app: FastAPI, *, spelled: bool = False) -> None:
     app.add_exception_handler(RequestError, _on_request_error)
     if spelled:
         app.add_exception_handler(FtrayError, _on_mistake)
+        app.add_exception_handler(OSError, _on_mistake)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientGone, _on_client_gone)
     app.add_exception_handler(Unavailable, _on_unavailable)
@@ -64,7 +65,10 @@ async def _on_request_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_mistake(request: Request, error: Exception) -> Response:
-    return response(RequestError(" ".join(str(error).split())))
+    text = " ".join(str(error).split())
+    if is_passing(error):
+        return response(RequestError(text, status=503, code="unavailable"))
+    return response(RequestError(text))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

@@ -36,7 +36,7 @@ class Deadline:
             async with asyncio.timeout_at(self._started_s + self._limit_s + grace_s):
                 yield
         except TimeoutError:
-            message = f"the request took more than {self._limit_s:g} s"
+            message = f"the request took more than {self._limit_s:g} s; ask for fewer tokens or answers"
             raise RequestError(message, status=504, code="timeout") from None
 
 
@@ -60,7 +60,7 @@ class Bodies:
                 size += len(part)
                 self._held[tenant] += len(part)
                 if size > MAX_BODY_BYTES:
-                    message = f"the body has more than {MAX_BODY_BYTES} bytes"
+                    message = f"the body has more than {MAX_BODY_BYTES} bytes; shorten it"
                     raise RequestError(message, status=413, code="too_large")
                 if self._held[tenant] > MAX_TENANT_BODY_BYTES:
                     message = "too many large requests at once; try again shortly"

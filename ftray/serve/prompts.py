@@ -93,7 +93,10 @@ class Prompts:
         if isinstance(prompt, str):
             return await self._lane(len(prompt)).text(prompt)
         if any(not 0 <= token < self._vocabulary for token in prompt):
-            raise RequestError(f"prompt: token ids are 0 to {self._vocabulary - 1} here", param="prompt")
+            raise RequestError(
+                f"prompt: token ids are 0 to {self._vocabulary - 1} here; use the base's tokenizer",
+                param="prompt",
+            )
         return prompt
 
     def _lane(self, size: int) -> _Lane:

@@ -57,7 +57,9 @@ class Shell:
             key = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
             caller = self._front.access.authenticate(key, ROUTES.get(route))
             if route not in ROUTES:
-                raise RequestError("there is no such path", status=404, code="not_found")
+                raise RequestError(
+                    "there is no such path; /openapi.json lists them", status=404, code="not_found"
+                )
             scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, receive, send)
 

@@ -1,6 +1,8 @@
 """Tenant times model: what each may see, and that the rest looks as if it were not there."""
 
 import hashlib
+import statistics
+import time
 from typing import Any
 
 import httpx
@@ -54,6 +56,19 @@ def test_foreign_and_missing_look_the_same(serve: Serve) -> None:
             return f"{response.status_code} {response.text.replace(model, 'M')}"
 
         assert ask("alpha") == ask("nobody")
+
+
+def test_foreign_and_missing_take_the_same_time(serve: Serve) -> None:
+    times: dict[str, list[float]] = {"alpha": [], "nobody": []}
+    with serve(tenants=TENANTS) as server:
+        for _ in range(40):
+            for model, seen in times.items():
+                body = {"model": model, "messages": ASK}
+                started = time.perf_counter()
+                server.post("/v1/chat/completions", json=body, headers={"authorization": "Bearer key-bob"})
+                seen.append(time.perf_counter() - started)
+    foreign, missing = (statistics.median(seen) for seen in times.values())
+    assert abs(foreign - missing) < 0.25 * min(foreign, missing)
 
 
 @pytest.mark.parametrize(
