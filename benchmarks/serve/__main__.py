@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.serve.modelled import pace
 from benchmarks.serve.over_http import http, steady, victim
 from benchmarks.serve.sections import SECTIONS, Section
 from benchmarks.serve.setup import SHAPES, Setup
 from benchmarks.serve.versus_vllm import vllm
 from ftray.engine import native
 
-_ALL = SECTIONS | {"http": http, "steady": steady, "victim": victim, "vllm": vllm}
+_ALL = SECTIONS | {"pace": pace, "http": http, "steady": steady, "victim": victim, "vllm": vllm}
 _QUICK = {"40m": 64, "235m": 24}
 _LONG = {"40m": 128, "235m": 64}
 
