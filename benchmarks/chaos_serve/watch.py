@@ -9,7 +9,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import httpx
 import psutil
+import ray
 
 from benchmarks.chaos_serve.endpoint import processes
 
@@ -63,7 +65,8 @@ class Watch:
                         self._note(name, "mib", minute, process.memory_full_info().pss / _MIB)
                         self._note(name, "fds", minute, process.num_fds())
                         self._note(name, "threads", minute, process.num_threads())
-        self._note("http", "series", minute, self.num_series())
+        with contextlib.suppress(httpx.HTTPError):
+            self._note("http", "series", minute, self.num_series())
         self._note("store", "objects", minute, _num_objects())
 
     def _note(self, name: str, measure: str, minute: float, value: float) -> None:
@@ -88,8 +91,8 @@ class Watch:
         return dict(found)
 
     def leaks(self) -> list[str]:
-        """What grew more than it may, in words."""
-        found = []
+        """What grew more than it may, in words; nothing seen is no good news."""
+        found = [] if self.grown() else ["too little was watched to say anything"]
         for key, gained in self.grown().items():
             limit = MAX_MIB_PER_MINUTE if key.endswith("minute") else _MAX_MORE[key.partition("_")[2]]
             if gained > limit:
@@ -101,6 +104,7 @@ def _num_objects() -> int:
     """Objects in Ray's shared memory."""
     from ray._private.internal_api import memory_summary
 
-    found = re.search(r"Plasma memory usage .*?(\d+) objects", memory_summary(stats_only=True))
+    address = ray.get_runtime_context().gcs_address  # there may be other clusters
+    found = re.search(r"Plasma memory usage .*?(\d+) objects", memory_summary(address, stats_only=True))
     assert found, "Ray says it in other words now"
     return int(found[1])

@@ -14,13 +14,13 @@ KERNEL_BYTES = len(_CAPACITIES) * KERNELS_KEPT * (270 << 10)
 """What these kernels take at most."""
 
 
-def bound_kernels() -> None:
-    """Let a process keep few kernels; it must not have had a product in bfloat16. What a user says of them stays.
+def bound_kernels(kept: int = KERNELS_KEPT) -> None:
+    """Let a process keep few kernels; it must not have had a product yet. What a user says of them stays.
 
     Rows and documents of many lengths bring ever new shapes: by default 1024 kernels are kept, twice: half a GiB.
     """
     for name in _CAPACITIES:
-        os.environ.setdefault(name, str(KERNELS_KEPT))
+        os.environ.setdefault(name, str(kept))
 
 
 def autocast(bf16: bool, device_type: str = "cpu") -> Any:

@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from ftray.config.serve import ServeConfig
 from ftray.core.errors import RequestError
 from ftray.engine.api import EngineInfo, EngineStats, Output, Request
+from ftray.model.precision import bound_kernels
 from ftray.registry.registry import Registry
 from ftray.serve.backend import Unavailable
 from ftray.serve.errors import described, internal
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 MAX_ONGOING = 10_000
 """Far above what the engine's own bounded queue admits, so that it and not the router refuses the excess."""
+
+_KERNELS_KEPT = 256
+"""Shapes of matrix products: those of steps that only decode, and some beside. Prompts bring ever new lengths."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class EngineReplica:
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, config: ServeConfig, control: "DeploymentHandle[Any]"
     ) -> None:
+        bound_kernels(_KERNELS_KEPT)
         torch.set_num_threads(max(1, int(config.num_cpus)))
         engine = await asyncio.to_thread(config.engine.build, config.base)
         registry = Registry(config.registry)

@@ -71,6 +71,7 @@ def watched(**measures: list[float]) -> Watch:
 
 def test_what_grows_after_the_start_is_a_leak() -> None:
     warming = [100.0, 200.0, 300.0]
+    assert Watch(lambda: 0).leaks()
     flat = watched(mib=[*warming, *[400.0, 401.0, 400.5] * 5], fds=[10, 20, 30, *[40] * 15])
     assert flat.leaks() == []
     leaking = watched(mib=[400 + 0.1 * at for at in range(60)], fds=[40.0 + at for at in range(60)])
