@@ -142,7 +142,7 @@ class Endpoint:
     def upload_hostile(self) -> None:
         """Upload what must be refused."""
         for kind, refused in self.versions.upload_hostile("b").items():
-            self.judge.count("hostile_refused" if refused else "hostile_taken", kind)
+            self.judge.count("hostile_refused" if refused else "hostile_taken", "" if refused else kind)
 
     def rotate(self) -> None:
         """Give a tenant a new key; the one before ends some time later."""
