@@ -11,6 +11,8 @@ from ftray.cluster.allocator import environment
 
 Figures = dict[str, Any]
 PARAMETERS = 25_500_000
+SPREAD_LENGTH = 512
+"""Tokens of a row where lengths are not compared."""
 _LOSS_TOLERANCE = 0.03  # of bf16 losses near 9, after a few steps
 
 
@@ -25,8 +27,10 @@ class Setup:
     batches: tuple[int, ...]
 
     def prepare(self) -> None:
-        """Texts, tokenizer, model and shards."""
+        """Texts, tokenizer, model and shards: the arm that came first would hold what preparing takes."""
         prepare_folder(self.folder)
+        for length in {*self.lengths, SPREAD_LENGTH}:
+            packed_rows(make_recipe(self.folder, length), 1)
 
     @property
     def log(self) -> Path:

@@ -7,10 +7,9 @@ from typing import Any
 
 from benchmarks.train import step_clock
 from benchmarks.train.driver import arms, interleave, median, ratio
-from benchmarks.train.sections import Figures, Setup
+from benchmarks.train.sections import SPREAD_LENGTH, Figures, Setup
 from benchmarks.train.setup import LLAMA, make_recipe
 
-_LENGTH = 512
 _WARM = 2
 _RAY_STEPS = 12
 
@@ -26,9 +25,13 @@ def lora(setup: Setup) -> Figures:
     frozen = base | {"dtype": "bfloat16"}
     # Names of classes and no catalog names: what trains is all that differs.
     specs = [
-        setup.ours(_LENGTH, 1, "lora", model=frozen, adapt={"type": "lora", "r": 16, "lora_alpha": 32.0}),
-        setup.ours(_LENGTH, 1, "peft", model=frozen, adapt={"type": "benchmarks.train.peft_arm:PeftLoRA"}),
-        setup.ours(_LENGTH, 1, "full", model=base),
+        setup.ours(
+            SPREAD_LENGTH, 1, "lora", model=frozen, adapt={"type": "lora", "r": 16, "lora_alpha": 32.0}
+        ),
+        setup.ours(
+            SPREAD_LENGTH, 1, "peft", model=frozen, adapt={"type": "benchmarks.train.peft_arm:PeftLoRA"}
+        ),
+        setup.ours(SPREAD_LENGTH, 1, "full", model=base),
     ]
     found = interleave(specs, setup.steps, setup.log)
     return {
@@ -45,7 +48,7 @@ def ranks(setup: Setup) -> Figures:
     By wall time, which counts waiting and other work on the cores, and by CPU time of both, which counts neither.
     """
     figures: Figures = {}
-    size = make_recipe(setup.folder, _LENGTH).train.global_batch_size
+    size = make_recipe(setup.folder, SPREAD_LENGTH).train.global_batch_size
     for strategy in ("ddp", "fsdp"):
         port = _free_port()
         changes: dict[str, Any] = {
@@ -53,11 +56,11 @@ def ranks(setup: Setup) -> Figures:
             "train": {"global_batch_size": 2 * size},
         }
         group = [
-            setup.ours(_LENGTH, 1, strategy, **changes)
+            setup.ours(SPREAD_LENGTH, 1, strategy, **changes)
             | {"rank": rank, "world": 2, "port": port, "run": f"{strategy}-{os.getpid()}"}
             for rank in range(2)
         ]
-        found = interleave([setup.ours(_LENGTH, 1, "alone"), *group], setup.steps, setup.log)
+        found = interleave([setup.ours(SPREAD_LENGTH, 1, "alone"), *group], setup.steps, setup.log)
         rates = {name: _rate(found[name], "wall_s") for name in ("alone", strategy)}
         figures[f"{strategy}_2_workers_efficiency"] = round(rates[strategy] / (2 * rates["alone"]), 3)
         figures[f"{strategy}_tokens_per_s"] = {name: round(rate) for name, rate in rates.items()}
@@ -73,7 +76,7 @@ def _rate(records: list[dict[str, Any]], seconds: str, warm: int = 2) -> float:
 
 def checkpoint(setup: Setup) -> Figures:
     """How long a step waits for a checkpoint of weights and both moments, written beside it or at once."""
-    spec = setup.ours(_LENGTH, 1, "checkpoint") | {"arm": "checkpoint"}
+    spec = setup.ours(SPREAD_LENGTH, 1, "checkpoint") | {"arm": "checkpoint"}
     records = interleave([spec], setup.steps, setup.log)["checkpoint"]
     return {
         "checkpoint_stall_s": round(median(records, "asynchronous_s"), 4),
@@ -94,7 +97,7 @@ def on_ray(setup: Setup) -> Figures:
     paths = {name: setup.folder / f"steps-{name}-{os.getpid()}.jsonl" for name in strategies}
     specs = [
         setup.ours(
-            _LENGTH,
+            SPREAD_LENGTH,
             1,
             name,
             strategy=strategy,
