@@ -75,7 +75,7 @@ def _adapters(shared: Path, home: Path) -> dict[str, Any]:
             "cache_dir": str(shared / "cache"),
         },
         "adapt": {"type": "lora", "r": 4},
-        "objective": {"type": "benchmarks.recorded:Objective", "pause_s": 0.05},
+        "objective": {"type": "benchmarks.recorded:Objective", "pause_s": 0.2},
         "optim": {"type": "benchmarks.recorded:Optimizer", "path": str(home / "steps")},
         "lr_scheduler": "constant",
         "strategy": "single",
