@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import sys
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,9 @@ MAX_ONGOING = 10_000
 
 _KERNELS_KEPT = 256
 """Shapes of matrix products: those of steps that only decode, and some beside. Prompts bring ever new lengths."""
+
+_SWITCH_S = 0.0005
+"""How long the event loop may keep Python from the engine's thread, which wants it between any two operations."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class EngineReplica:
     ) -> None:
         bound_kernels(_KERNELS_KEPT)
         torch.set_num_threads(max(1, int(config.num_cpus)))
+        sys.setswitchinterval(_SWITCH_S)
         engine = await asyncio.to_thread(config.engine.build, config.base)
         registry = Registry(config.registry)
         self._loop = EngineLoop(engine, config.engine.max_num_seqs + config.max_queued_requests).start()
