@@ -18,6 +18,7 @@ import httpx
 import openai
 import psutil
 import pytest
+import ray
 
 from ftray.config.load import write_resolved
 from ftray.config.serve import ServeConfig
@@ -167,6 +168,31 @@ def test_the_admin_api_listens_on_its_own_port_and_asks_for_its_token(handle: An
     assert [row["id"] for row in found["models"]] == ["base", "a", "b", "c"]
     assert (len(found["engines"]), len(found["fronts"])) == (2, 1)
     assert httpx.get(f"{handle.url}/admin/status", headers={"authorization": "Bearer all"}).status_code == 404
+
+
+def test_no_log_of_the_cluster_has_prompts_or_keys(handle: Any) -> None:
+    canary = "canary-5e1c"
+    url = f"{handle.url}/v1/chat/completions"
+    for key, fields in (
+        ("all", {}),
+        ("all", {"stream": True}),
+        ("all", {"model": canary}),
+        ("all", {canary: 1}),
+        ("all", {"messages": [{"role": canary}]}),
+        (canary, {}),
+    ):
+        body = {
+            "model": "a",
+            "messages": [{"role": "user", "content": canary}],
+            "max_tokens": 2,
+            "user": canary,
+        }
+        httpx.post(url, json=body | fields, headers={"authorization": f"Bearer {key}"}, timeout=30)
+    logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    texts = [path.read_bytes() for path in logs.rglob("*") if path.is_file()]
+    assert len(texts) > 10
+    for secret in (canary, KEY):
+        assert not any(secret.encode() in text for text in texts)
 
 
 def test_tenants_see_their_own(client: openai.OpenAI, handle: Any) -> None:
@@ -335,7 +361,7 @@ def test_what_others_serve_outlives_a_start_that_fails(handle: Any, config: Serv
 
 
 def test_the_command_serves_until_told_to_stop_and_leaves_no_process(
-    config: ServeConfig, expected: dict[str, str], tmp_path: Path
+    config: ServeConfig, expected: dict[str, str], endless: list[int], tmp_path: Path
 ) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -360,7 +386,14 @@ def test_the_command_serves_until_told_to_stop_and_leaves_no_process(
         reply = json.loads(subprocess.run(curl, shell=True, capture_output=True, check=True).stdout)
         assert reply["object"] == "chat.completion"
         mine = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.send_signal(signal.SIGTERM)
+        body = {"model": "base", "prompt": endless, "max_tokens": 300, "stream": True, "temperature": 0}
+        with httpx.stream(
+            "POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60
+        ) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"  # what has begun is finished
         assert process.wait(30) == 0, process.stdout.read()
         _, alive = psutil.wait_procs(mine[1:], timeout=5)
         assert len(mine) > 3 and not alive
