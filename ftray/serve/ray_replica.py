@@ -33,8 +33,9 @@ logger = logging.getLogger(__name__)
 MAX_ONGOING = 10_000
 """Far above what the engine's own bounded queue admits, so that it and not the router refuses the excess."""
 
-_KERNELS_KEPT = 256
-"""Shapes of matrix products: those of steps that only decode, and some beside. Prompts bring ever new lengths."""
+_PRODUCTS, _OTHER_KERNELS = 5, 48
+"""Matrix products of a layer and the head: kernels are kept for steps that only decode, of any number of rows, and
+for some others. Prompts bring ever new lengths."""
 
 _SWITCH_S = 0.0005
 """How long the event loop may keep Python from the engine's thread, which wants it between any two operations."""
@@ -76,7 +77,7 @@ class EngineReplica:
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, config: ServeConfig, control: "DeploymentHandle[Any]"
     ) -> None:
-        bound_kernels(_KERNELS_KEPT)
+        bound_kernels(_PRODUCTS * config.engine.max_num_seqs + _OTHER_KERNELS)
         torch.set_num_threads(max(1, int(config.num_cpus)))
         sys.setswitchinterval(_SWITCH_S)
         engine = await asyncio.to_thread(config.engine.build, config.base)
