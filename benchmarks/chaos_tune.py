@@ -90,6 +90,8 @@ class Campaign:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed, self.draw = folder, seed, random.Random(seed)
         self.arms = {arm.name: arm for arm in ARMS}
+        self.newest: subprocess.Popen[bytes] | None = None
+        """The search that was started last."""
         self.members: dict[str, list[dict[str, Any]]] = {}
         """Of each arm, those of the search that nobody disturbed."""
 
@@ -156,9 +158,10 @@ class Campaign:
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "ftray.cli.main", "tune", str(home / "tune.yaml"), *flags]
         with (home / "log").open("ab") as log:
-            return subprocess.Popen(
+            self.newest = subprocess.Popen(
                 command, env=environment, cwd=home, stdout=log, stderr=log, start_new_session=True
             )
+        return self.newest
 
     def wait_for(self, arm: Arm, name: str, total: int, process: subprocess.Popen[bytes]) -> bool:
         """True some time after more records of the journal (`total`: of all), or in the middle of further steps.
@@ -273,12 +276,11 @@ def campaign(folder: Path, minutes: float, seed: int, quiet: bool) -> dict[str, 
     What goes wrong with the campaign itself is its `error`.
     """
     searches = Campaign(folder, seed)
-    outcomes, spent, problem = go_on(
-        folder,
-        minutes,
-        Outcome,
-        searches.reference,
-        searches.disturbed,
-        quiet,
-    )
+    try:
+        outcomes, spent, problem = go_on(
+            folder, minutes, Outcome, searches.reference, searches.disturbed, quiet
+        )
+    finally:
+        if searches.newest is not None:  # also when the campaign is told to end
+            end(searches.newest)
     return summary(outcomes, spent, seed) | {"error": problem}
