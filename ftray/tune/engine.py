@@ -118,7 +118,9 @@ class Engine:
         """
         if not self.population.alive:
             reason = next(r["reason"] for r in reversed(self.journal.records) if r["kind"] == "fail")
-            raise TuneError(f"{self.journal.path}: every member has failed; the last one said: {reason}")
+            told = f"{self.journal.path}: every member has failed; the last one said: {reason}"
+            best = self.population.best(self.config.mode)
+            raise TuneError(told if best is None else f"{told}; `ftray tune report` has the best before that")
         unfinished = self.population.unfinished(self.config.num_segments)
         generation = min((member.segment for member in unfinished), default=0)
         for member in sorted(unfinished, key=lambda member: (member.segment, member.index)):

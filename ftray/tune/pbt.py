@@ -105,5 +105,5 @@ class PBT:
             perturbed=config != donor.config,
             replaced=broken,
             old_config=member.config,
-            old_score=member.score,
+            old_score=member.score if member.alive else None,
         )

@@ -30,7 +30,7 @@ class Member:
     checkpoint: str | None = None
     """Name of the finished segment it goes on from; None: the beginning."""
     score: float | None = None
-    """Score of that segment."""
+    """Score of that segment, also of a member that failed after it."""
     alive: bool = True
     """False once it diverged or crashed and nothing took its place."""
     stopped: bool = False
@@ -116,7 +116,7 @@ class Population:
         member = self.members[record["member"]]
         member.attempt += 1
         if record["final"]:
-            member.alive, member.score, member.attempt = False, None, 0
+            member.alive, member.attempt = False, 0
             member.arrivals.append(None)
             member.segment += 1
 
@@ -140,22 +140,23 @@ class Population:
         return [member for member in self.alive if not member.stopped and member.segment < num_segments]
 
     def best(self, mode: str) -> Member | None:
-        """The member with the best last score; the lower number wins a tie."""
-        return next(iter(ranked(self.members, mode)), None)
+        """The member with the best last score; the lower number wins a tie.
+
+        If all have failed, the one that was best before it did.
+        """
+        sign = 1.0 if mode == "min" else -1.0
+        scored = [(not m.alive, sign * m.score, m.index) for m in self.members if m.score is not None]
+        return self.members[min(scored)[-1]] if scored else None
 
     def referenced(self) -> set[str]:
-        """Segments whose checkpoints are still needed: by a member, or by a segment that runs now."""
-        names = {member.checkpoint for member in self.members if member.alive}
+        """Segments whose checkpoints are still needed: by a member, or by a segment that runs now.
+
+        Also by one that has failed: if all others do, its checkpoint may be the best there is.
+        """
+        names = {member.checkpoint for member in self.members}
         names |= {start["checkpoint"] for start in self.running.values()}
         names |= {start["name"] for start in self.running.values()}
         return {name for name in names if name is not None}
-
-
-def ranked(members: Iterable[Member], mode: str) -> list[Member]:
-    """Living members with a score, best first."""
-    sign = 1.0 if mode == "min" else -1.0
-    scored = [(sign * m.score, m.index, m) for m in members if m.alive and m.score is not None]
-    return [member for _, _, member in sorted(scored, key=lambda item: item[:2])]
 
 
 def replay(records: Iterable[Record]) -> Population:

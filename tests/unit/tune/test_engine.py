@@ -232,6 +232,23 @@ def test_a_member_that_fails_in_the_last_segment_stays_out(tmp_path):
     assert not [d for d in decisions(engine) if d["replaced"]]
 
 
+def test_when_all_fail_in_the_last_segment_the_best_before_it_is_kept(tmp_path):
+    settings = config(num_segments=2, policy="random")
+    engine = Engine(tmp_path, settings, {})
+    toy, made = Toy(diverges=[(member, 1) for member in range(4)]), []
+    with pytest.raises(TuneError, match=r"every member has failed.*eval_loss is nan; `ftray tune report`"):
+        while (segment := engine.next_segment()) is not None:
+            made.append(segment.name)
+            engine.finished(segment, toy(segment), {}, 0.0)
+    engine.close()
+    population = replay(engine.journal.records)
+    scores = {r["score"]: r["checkpoint"] for r in engine.journal.records if r["kind"] == "commit"}
+    best = population.best("min")
+    assert (best.score, best.checkpoint) == min(scores.items()) and len(scores) == 4
+    assert not set(engine.disposable(made)) & set(scores.values())
+    assert population.best("max").score == max(scores)
+
+
 def test_random_search_never_decides_and_goes_on_without_the_dead(tmp_path):
     engine = search(tmp_path, Toy(diverges=[(1, 0)]), config(policy="random"))
     assert decisions(engine) == []
