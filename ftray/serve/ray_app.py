@@ -33,6 +33,11 @@ _APP = "ftray"
 _HEALTHY_WITHIN_S = 60.0
 _ERRORS_OUT_S = 5.0
 """How long streams that are ended have for the error that says so."""
+_ONE_LOOP = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+"""Replicas hand every token from thread to thread otherwise; nothing of ours keeps an event loop busy for long."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,17 @@ def _application(config: ServeConfig) -> Application:
     config = config.located()
     control = ControlReplica.bind(config, uuid.uuid4().hex)  # type: ignore[attr-defined]
     engine = EngineReplica.options(  # type: ignore[attr-defined]
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        ray_actor_options={
+            "num_cpus": config.num_cpus,
+            "num_gpus": config.num_gpus,
+            "runtime_env": {"env_vars": _ONE_LOOP},
+        },
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         **_copies(config),
     ).bind(config, control)
     http = Ingress.options(  # type: ignore[attr-defined]
         num_replicas=config.num_http_replicas,
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ONE_LOOP}},
         # An engine's end comes first, so that a front is there to tell its clients.
         graceful_shutdown_timeout_s=config.drain_timeout_s + _ERRORS_OUT_S,
     )
