@@ -8,6 +8,7 @@ from ftray.config.tune import TRAIN_FN, TuneConfig
 from ftray.core.errors import ConfigError, RunStopped, TuneError
 from ftray.core.spec import parse
 from ftray.tune.as_searched import in_steps, segment_recipe
+from ftray.tune.collect import Collector
 from ftray.tune.engine import Engine, OnRecord, Segment
 from ftray.tune.result import TuneResult, summarise, write_result
 from ftray.tune.segment import Job, Outcome, load_function
@@ -77,12 +78,14 @@ def run_local(config: TuneConfig, recipe: Recipe) -> TuneResult:
     """
     engine, job = open_search(config, recipe)
     try:
-        seconds = 0.0
+        seconds, collector = 0.0, Collector(engine, job)
         while group := engine.next_group():
             outcomes = engine.config.executor.run(job, group)
             for segment, outcome in zip(group, outcomes, strict=True):
                 take(engine, segment, outcome)
                 seconds += outcome.seconds
+            collector.collect()
+        collector.collect()  # what an earlier driver left
         result = summarise(engine.config, Path(job.folder), engine.journal.records, seconds)
     finally:
         engine.config.executor.release()

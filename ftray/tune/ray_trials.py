@@ -8,7 +8,6 @@ fresh Tuner.
 import contextlib
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -30,6 +29,7 @@ from ftray.core.spec import parse
 from ftray.core.types import Progress, no_progress
 from ftray.data.ray_prepare import prepare
 from ftray.train.stop import SIGNALS
+from ftray.tune.collect import Collector
 from ftray.tune.engine import Engine, OnRecord, Segment
 from ftray.tune.local import open_search, take
 from ftray.tune.members import JOURNAL
@@ -92,6 +92,7 @@ def run(
                     # Once for all members, on the cluster; their own preparation then finds it done.
                     _prepare(recipe, on_prepare)
                 _fit(engine, job, callbacks)
+        Collector(engine, job).collect()  # what an earlier driver left
         result = summarise(engine.config, folder, engine.journal.records, time.perf_counter() - started)
     finally:
         engine.close()
@@ -171,6 +172,7 @@ class SegmentSearcher(Searcher):
         self.error: BaseException | None = None
         """Ray Tune swallows what `on_trial_complete` raises, so it is kept and raised by `suggest`."""
         self._groups: dict[str, list[Segment]] = {}
+        self._collector = Collector(engine, job)
 
     def __getstate__(self) -> dict[str, Any]:
         """Ray Tune pickles the searcher for a restore that never happens here."""
@@ -215,7 +217,7 @@ class SegmentSearcher(Searcher):
         try:
             for segment, outcome in zip(group, outcomes, strict=True):
                 take(self.engine, segment, outcome)
-            self._collect()
+            self._collector.collect()
         except BaseException as raised:
             self.error = raised
 
@@ -227,14 +229,6 @@ class SegmentSearcher(Searcher):
         if message is not None:
             self.error = TuneError(message)
             raise self.error
-
-    def _collect(self) -> None:
-        """Delete checkpoints that nothing refers to; metrics and results stay for the report."""
-        segments = Path(self.job.folder) / "segments"
-        names = [path.parent.name for path in segments.glob("*/segment.json")]
-        for name in self.engine.disposable(names):
-            shutil.rmtree(segments / name / "checkpoints", ignore_errors=True)
-            shutil.rmtree(segments / name / "delta", ignore_errors=True)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """A segment reports once, at its end."""
