@@ -170,8 +170,9 @@ class Engine:
         """
         if self._stale(segment):
             return
+        cost = {"seconds": round(seconds, 3), "cpu_s": round(cpu_s, 3), "tokens": tokens}
         if not math.isfinite(score):
-            self._fail(segment, f"{self.config.metric} is {score}", final=True)
+            self._fail(segment, f"{self.config.metric} is {score}", final=True, **cost)
             return
         self._append_with_decisions(
             {
@@ -182,9 +183,7 @@ class Engine:
                 "config": segment.config,
                 "score": score,
                 "metrics": {key: value for key, value in metrics.items() if math.isfinite(value)},
-                "seconds": round(seconds, 3),
-                "cpu_s": round(cpu_s, 3),
-                "tokens": tokens,
+                **cost,
             }
         )
 
@@ -236,14 +235,14 @@ class Engine:
             running[key] != getattr(segment, key) for key in ("epoch", "segment", "attempt", "name")
         )
 
-    def _fail(self, segment: Segment, reason: str, *, final: bool) -> None:
+    def _fail(self, segment: Segment, reason: str, *, final: bool, **told: float) -> None:
         record = {
             "kind": "fail",
             "member": segment.member,
             "segment": segment.segment,
             "config": segment.config,
         }
-        self._append_with_decisions({**record, "reason": reason, "final": final})
+        self._append_with_decisions({**record, **told, "reason": reason, "final": final})
 
     def _append_with_decisions(self, record: Record) -> None:
         """Append a record together with what it brings about, if it closes a generation."""

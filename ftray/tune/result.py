@@ -10,7 +10,7 @@ from ftray.core.errors import TuneError
 from ftray.core.fs import write_json
 from ftray.tune.journal import Record
 from ftray.tune.members import schedule
-from ftray.tune.population import replay
+from ftray.tune.population import Member, replay
 from ftray.tune.segment import read_result
 
 RESULT = "tune_result.json"
@@ -18,9 +18,10 @@ RESULT = "tune_result.json"
 
 @dataclass(frozen=True)
 class Cost:
-    """What the finished segments of a search took, and what all members would have taken to the end.
+    """What a search took, and what all members would have taken to the end.
 
-    The latter is the former times the segments there would have been; failed attempts are in neither.
+    The former counts finished segments and those that diverged; of an attempt that was lost, nobody knows what it
+    took. The latter is what finished segments took, times the segments there would have been.
     """
 
     segments: int
@@ -35,7 +36,7 @@ class Cost:
     tokens_to_the_end: int
     cpu_s_to_the_end: float
     saved: float
-    """Fraction of the segments that was not trained."""
+    """Fraction of the segments that was not trained because the policy stopped a member before it."""
 
 
 @dataclass(frozen=True)
@@ -115,27 +116,32 @@ def summarise(config: TuneConfig, folder: Path, records: Sequence[Record], secon
         num_failures=sum(record["kind"] == "fail" for record in records),
         num_drivers=population.epoch,
         seconds=round(seconds, 3),
-        cost=cost(commits, len(population.members) * config.num_segments, config.gpus_per_trial),
+        cost=cost(records, population.members, config),
     )
 
 
-def cost(commits: Sequence[Record], segments_to_the_end: int, gpus: float) -> Cost:
-    """Sum up the segments that were finished, each on so many GPUs."""
-    tokens = sum(record.get("tokens", 0) for record in commits)
-    cpu_s = sum(record.get("cpu_s", 0.0) for record in commits)
-    seconds = sum(record["seconds"] for record in commits)
-    times = segments_to_the_end / len(commits)
+def cost(records: Sequence[Record], members: Sequence[Member], config: TuneConfig) -> Cost:
+    """Sum up what the records of a search say that it took; at least one segment is finished."""
+    commits = [record for record in records if record["kind"] == "commit"]
+    ended = [*commits, *(record for record in records if record["kind"] == "fail")]
+    to_the_end = len(members) * config.num_segments
+    times = to_the_end / len(commits)
+    left_out = sum(config.num_segments - member.segment for member in members if member.stopped)
     return Cost(
         segments=len(commits),
-        tokens=tokens,
-        cpu_s=round(cpu_s, 1),
-        seconds=round(seconds, 1),
-        gpu_s=round(seconds * gpus, 1),
-        segments_to_the_end=segments_to_the_end,
-        tokens_to_the_end=round(tokens * times),
-        cpu_s_to_the_end=round(cpu_s * times, 1),
-        saved=round(1 - 1 / times, 4),
+        tokens=round(_sum(ended, "tokens")),
+        cpu_s=round(_sum(ended, "cpu_s"), 1),
+        seconds=round(_sum(ended, "seconds"), 1),
+        gpu_s=round(_sum(ended, "seconds") * config.gpus_per_trial, 1),
+        segments_to_the_end=to_the_end,
+        tokens_to_the_end=round(_sum(commits, "tokens") * times),
+        cpu_s_to_the_end=round(_sum(commits, "cpu_s") * times, 1),
+        saved=round(left_out / to_the_end, 4),
     )
+
+
+def _sum(records: Sequence[Record], field: str) -> float:
+    return float(sum(record.get(field, 0) for record in records))
 
 
 def write_result(result: TuneResult, folder: Path) -> None:

@@ -6,10 +6,11 @@ from rich.console import Console
 
 from ftray.core.errors import TuneError
 from ftray.core.fs import write_json
+from ftray.tune.engine import Engine
 from ftray.tune.members import members, schedule
 from ftray.tune.plots import plot, plot_lineage, plot_parallel
 from ftray.tune.population import Population, replay
-from ftray.tune.result import summarise
+from ftray.tune.result import cost, summarise
 from ftray.tune.table import table
 from tests.unit.tune.test_engine import Toy, config, search
 
@@ -123,11 +124,32 @@ def test_what_was_saved_is_what_was_not_trained(tmp_path):
     folder = tmp_path / "segments" / best.checkpoint
     folder.mkdir(parents=True)
     write_json(folder / "segment.json", {"checkpoint": None, "delta": None})
-    cost = summarise(settings, tmp_path, engine.journal.records, 0.0).cost
-    assert (cost.segments, cost.segments_to_the_end, cost.saved) == (16, 32, 0.5)
+    found = summarise(settings, tmp_path, engine.journal.records, 0.0).cost
+    assert (found.segments, found.segments_to_the_end, found.saved) == (16, 32, 0.5)
     # The toy's driver counts 50 tokens and a tenth of a second a segment.
-    assert (cost.tokens, cost.tokens_to_the_end) == (800, 1600)
-    assert cost.cpu_s == pytest.approx(1.6) and cost.cpu_s_to_the_end == pytest.approx(3.2)
+    assert (found.tokens, found.tokens_to_the_end) == (800, 1600)
+    assert found.cpu_s == pytest.approx(1.6) and found.cpu_s_to_the_end == pytest.approx(3.2)
+
+
+def test_what_failed_was_not_saved_and_what_diverged_was_spent(tmp_path):
+    settings = config(policy="random", num_segments=2)
+    engine = Engine(tmp_path, settings, {})
+    toy = Toy(diverges=[(0, 1)])
+    while not engine.done:
+        segment = engine.next_segment()
+        if segment.member == 1:
+            engine.failed(segment, "worker died", retry=False)
+        else:
+            engine.finished(segment, toy(segment), {}, 2.0, 1.0, 50)
+    engine.close()
+    records = engine.journal.records
+    # As an older version wrote it, and then as this one does.
+    old = [{k: v for k, v in r.items() if r["kind"] != "fail" or k != "tokens"} for r in records]
+    members = engine.population.members
+    assert cost(old, members, settings).tokens == 5 * 50
+    found = cost(records, members, settings)
+    assert (found.segments, found.segments_to_the_end, found.saved) == (5, 8, 0.0)
+    assert (found.tokens, found.cpu_s, found.seconds, found.tokens_to_the_end) == (6 * 50, 6.0, 12.0, 8 * 50)
 
 
 def test_no_score_yet(tmp_path):
