@@ -187,10 +187,14 @@ class Engine:
             }
         )
 
-    def failed(self, segment: Segment, reason: str, *, retry: bool) -> None:
-        """Take a segment's failure. Without `retry`, or after `max_failures` of them, its member is out."""
+    def failed(self, segment: Segment, reason: str, *, retry: bool, step: int = 0) -> None:
+        """Take a segment's failure; without `retry`, or where `may_retry` denies it, its member is out."""
         if not self._stale(segment):
-            self._fail(segment, reason, final=not retry or segment.attempt >= self.config.max_failures)
+            self._fail(segment, reason, final=not (retry and self.may_retry(segment, step)), step=step)
+
+    def may_retry(self, segment: Segment, step: int) -> bool:
+        """False after `max_failures` without a checkpoint newer than this one, of the segment's last step."""
+        return self.population.members[segment.member].failures_at(step) < self.config.max_failures
 
     def disposable(self, names: list[str]) -> list[str]:
         """Which of these segments' checkpoints may be deleted: those that nothing refers to any more.

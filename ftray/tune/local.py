@@ -61,14 +61,20 @@ def take(engine: Engine, segment: Segment, outcome: Outcome) -> None:
     """
     if outcome.stopped:
         raise RunStopped(outcome.error, outcome.signum)
-    if outcome.fatal and not (outcome.retry and segment.attempt < engine.config.max_failures):
+    step = _newest_step(engine.journal.path.parent / "segments" / segment.name)
+    if outcome.fatal and not (outcome.retry and engine.may_retry(segment, step)):
         raise TuneError(outcome.error)
     if outcome.score is None:
-        engine.failed(segment, outcome.error, retry=outcome.retry)
+        engine.failed(segment, outcome.error, retry=outcome.retry, step=step)
         return
     engine.finished(
         segment, outcome.score, outcome.metrics or {}, outcome.seconds, outcome.cpu_s, outcome.tokens
     )
+
+
+def _newest_step(folder: Path) -> int:
+    """Step of a segment's newest checkpoint; 0: it has none."""
+    return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")), default=0)
 
 
 def run_local(config: TuneConfig, recipe: Recipe) -> TuneResult:

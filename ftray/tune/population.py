@@ -37,10 +37,18 @@ class Member:
     """True once the policy ended it before its last segment."""
     attempt: int = 0
     """Failed attempts of the present segment."""
+    failures: int = 0
+    """Those of them by this driver since its newest checkpoint."""
+    failed_step: int = 0
+    """Step of that checkpoint."""
     lineage: list[int] = field(default_factory=list)
     """The members whose weights it carries, oldest first; it is itself the first."""
     arrivals: list[Arrival | None] = field(default_factory=list)
     """For each finished segment what it had reached by training; None where it failed."""
+
+    def failures_at(self, step: int) -> int:
+        """Failed attempts that brought it no further than its newest checkpoint, which is of this step."""
+        return 0 if step > self.failed_step else self.failures
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,8 @@ class Population:
         elif kind == "epoch":
             self.epoch = record["epoch"]
             self.running = {}
+            for member in self.members:
+                member.failures = 0
         elif kind == "start":
             self.running[record["member"]] = record
             self.begun.add((record["member"], record["segment"]))
@@ -109,16 +119,21 @@ class Population:
         member = self.members[index]
         member.checkpoint, member.score = checkpoint, score
         member.arrivals.append(Arrival(index, checkpoint, score, member.config, member.lineage))
-        member.segment += 1
-        member.attempt = 0
+        self._through(member)
 
     def _fail(self, record: Record) -> None:
         member = self.members[record["member"]]
+        step = record.get("step", 0)
         member.attempt += 1
+        member.failures, member.failed_step = member.failures_at(step) + 1, step
         if record["final"]:
-            member.alive, member.attempt = False, 0
+            member.alive = False
             member.arrivals.append(None)
-            member.segment += 1
+            self._through(member)
+
+    def _through(self, member: Member) -> None:
+        member.segment += 1
+        member.attempt = member.failures = member.failed_step = 0
 
     def _decide(self, decision: Decision) -> None:
         member = self.members[decision.member]

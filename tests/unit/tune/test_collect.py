@@ -13,8 +13,9 @@ from ftray.core.spec import parse
 from ftray.testing.toy_train import RECIPE
 from ftray.tune.collect import Collector
 from ftray.tune.journal import read
-from ftray.tune.local import open_search, run_local
+from ftray.tune.local import open_search, run_local, take
 from ftray.tune.population import replay
+from ftray.tune.segment import Outcome
 
 
 def search(folder: Path, toy: dict) -> tuple[TuneConfig, Recipe]:
@@ -49,6 +50,18 @@ def test_only_what_a_member_refers_to_stays_whoever_failed_or_was_killed(tmp_pat
         shutil.copytree(result.checkpoint.parent, old / "checkpoints")
     run_local(config, recipe)
     assert kept(tmp_path) == needed
+
+
+def test_a_failure_is_told_with_the_step_it_had_got_to(tmp_path: Path) -> None:
+    config, recipe = search(tmp_path, {})
+    engine, job = open_search(config, recipe)
+    segment = engine.next_segment()
+    assert segment is not None
+    for step in (2, 10):
+        (job.path(segment.name) / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
+    take(engine, segment, Outcome(error="node lost", retry=True))
+    engine.close()
+    assert engine.journal.records[-1]["step"] == 10 and not engine.journal.records[-1]["final"]
 
 
 def test_nothing_is_deleted_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

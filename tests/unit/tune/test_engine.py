@@ -208,6 +208,27 @@ def test_a_crashed_segment_is_tried_again_then_its_member_replaced(tmp_path):
     engine.close()
 
 
+def test_failures_count_from_the_newest_checkpoint_and_from_the_newest_driver(tmp_path):
+    engine = Engine(tmp_path, config(max_failures=1), {})
+    for step in (0, 2, 4):
+        segment = engine.next_segment()
+        assert segment.member == 0 and engine.may_retry(segment, step)
+        engine.failed(segment, "node lost", retry=True, step=step)
+    engine.close()
+    engine = Engine(tmp_path, config(max_failures=1), {})
+    for final in (False, True):
+        segment = engine.next_segment()
+        assert segment.member == 0 and engine.may_retry(segment, 4) is not final
+        engine.failed(segment, "node lost", retry=True, step=4)
+    engine.close()
+    fails = [record for record in engine.journal.records if record["kind"] == "fail"]
+    assert [record["final"] for record in fails] == [False, False, False, False, True]
+    assert not engine.population.members[0].alive
+    # Journals of older versions say nothing of steps.
+    old = [{key: value for key, value in r.items() if key != "step"} for r in engine.journal.records]
+    assert [m.segment for m in replay(old).members] == [1, 0, 0, 0]
+
+
 def test_a_user_mistake_is_not_tried_again(tmp_path):
     engine = Engine(tmp_path, config(max_failures=5), {})
     segment = engine.next_segment()
