@@ -163,6 +163,7 @@ class Engine:
         seconds: float,
         cpu_s: float = 0.0,
         tokens: int = 0,
+        gpu_s: float = 0.0,
     ) -> None:
         """Take a segment's result and what it took; a stale one is ignored.
 
@@ -170,7 +171,8 @@ class Engine:
         """
         if self._stale(segment):
             return
-        cost = {"seconds": round(seconds, 3), "cpu_s": round(cpu_s, 3), "tokens": tokens}
+        times = {"seconds": seconds, "cpu_s": cpu_s, "gpu_s": gpu_s}
+        cost = {key: round(value, 3) for key, value in times.items()} | {"tokens": tokens}
         if not math.isfinite(score):
             self._fail(segment, f"{self.config.metric} is {score}", final=True, **cost)
             return

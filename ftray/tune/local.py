@@ -52,8 +52,8 @@ def check_metric(config: TuneConfig, recipe: Recipe) -> None:
         )
 
 
-def take(engine: Engine, segment: Segment, outcome: Outcome) -> None:
-    """Give the engine what came of a segment.
+def take(engine: Engine, segment: Segment, outcome: Outcome, num_gpus: float) -> None:
+    """Give the engine what came of a segment that held so many GPUs.
 
     Raises:
         RunStopped: if the segment was asked to end; the journal has it as running, so that a resumption goes on.
@@ -68,7 +68,13 @@ def take(engine: Engine, segment: Segment, outcome: Outcome) -> None:
         engine.failed(segment, outcome.error, retry=outcome.retry, step=step)
         return
     engine.finished(
-        segment, outcome.score, outcome.metrics or {}, outcome.seconds, outcome.cpu_s, outcome.tokens
+        segment,
+        outcome.score,
+        outcome.metrics or {},
+        outcome.seconds,
+        outcome.cpu_s,
+        outcome.tokens,
+        outcome.seconds * num_gpus,
     )
 
 
@@ -88,7 +94,7 @@ def run_local(config: TuneConfig, recipe: Recipe) -> TuneResult:
         while group := engine.next_group():
             outcomes = engine.config.executor.run(job, group)
             for segment, outcome in zip(group, outcomes, strict=True):
-                take(engine, segment, outcome)
+                take(engine, segment, outcome, engine.config.gpus_per_trial)
                 seconds += outcome.seconds
             collector.collect()
         collector.collect()  # what an earlier driver left

@@ -34,6 +34,7 @@ from ftray.tune.engine import Engine, OnRecord, Segment
 from ftray.tune.local import open_search, take
 from ftray.tune.members import JOURNAL
 from ftray.tune.plots import plot
+from ftray.tune.ray_claims import gpus, resources
 from ftray.tune.ray_results import results
 from ftray.tune.result import TuneResult, summarise, write_result
 from ftray.tune.segment import Job, Outcome
@@ -48,7 +49,6 @@ _ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 _ENDLESS = 10**6
-_WAITING_CPUS = 0.01
 
 
 def run(
@@ -111,7 +111,8 @@ def _fit(engine: Engine, job: Job, callbacks: Sequence[tune.Callback]) -> None:
     """Run the segments through Ray Tune until the engine has no more."""
     config = engine.config
     watch = StallWatch(Path(job.folder) / "segments", config.stall_s)
-    searcher = SegmentSearcher(engine, job, watch)
+    recipe = parse(Recipe, job.recipe)
+    searcher = SegmentSearcher(engine, job, watch, gpus(config, recipe))
 
     def trial(settings: dict[str, Any]) -> None:
         segments = [Segment(**segment) for segment in settings["segments"]]
@@ -126,7 +127,7 @@ def _fit(engine: Engine, job: Job, callbacks: Sequence[tune.Callback]) -> None:
         return f"{segment['name']}-{segment['epoch']}-{segment['attempt']}"
 
     tuner = tune.Tuner(
-        tune.with_resources(trial, resources(config, parse(Recipe, job.recipe))),
+        tune.with_resources(trial, resources(config, recipe)),
         tune_config=tune.TuneConfig(
             search_alg=ConcurrencyLimiter(searcher, max_concurrent=config.max_concurrent),
             num_samples=_ENDLESS,
@@ -154,18 +155,12 @@ def _fit(engine: Engine, job: Job, callbacks: Sequence[tune.Callback]) -> None:
         raise TuneError(f"{job.folder}: the search was interrupted; go on with --resume")
 
 
-def resources(config: TuneConfig, recipe: Recipe) -> dict[str, float]:
-    """What a trial claims. One that is a worker group only waits while its workers, who claim their own, train."""
-    if not recipe.strategy.in_process:
-        return {"cpu": _WAITING_CPUS, "gpu": 0.0, **config.resources_per_trial}
-    return {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial, **config.resources_per_trial}
-
-
 class SegmentSearcher(Searcher):
     """Hands the engine's groups of segments to Ray Tune as trials and brings their outcomes back."""
 
-    def __init__(self, engine: Engine, job: Job, watch: StallWatch) -> None:
+    def __init__(self, engine: Engine, job: Job, watch: StallWatch, num_gpus: float = 0.0) -> None:
         super().__init__()
+        self.num_gpus = num_gpus
         self.engine = engine
         self.job = job
         self.watch = watch
@@ -216,7 +211,7 @@ class SegmentSearcher(Searcher):
             outcomes = [Outcome(**outcome) for outcome in json.loads(result["outcomes"])]
         try:
             for segment, outcome in zip(group, outcomes, strict=True):
-                take(self.engine, segment, outcome)
+                take(self.engine, segment, outcome, self.num_gpus)
             self._collector.collect()
         except BaseException as raised:
             self.error = raised

@@ -27,11 +27,11 @@ class Cost:
     segments: int
     tokens: int
     cpu_s: float
-    """CPU seconds of the training processes."""
+    """CPU seconds of the training processes; of a worker group what the most workers claim, all its time."""
     seconds: float
     """Seconds of training, summed over segments that ran side by side."""
     gpu_s: float
-    """GPU seconds: those of training, times `gpus_per_trial`."""
+    """GPU seconds: those of training, times `gpus_per_trial` or the most workers of a group that claim one."""
     segments_to_the_end: int
     tokens_to_the_end: int
     cpu_s_to_the_end: float
@@ -132,7 +132,8 @@ def cost(records: Sequence[Record], members: Sequence[Member], config: TuneConfi
         tokens=round(_sum(ended, "tokens")),
         cpu_s=round(_sum(ended, "cpu_s"), 1),
         seconds=round(_sum(ended, "seconds"), 1),
-        gpu_s=round(_sum(ended, "seconds") * config.gpus_per_trial, 1),
+        # Journals of older versions do not say it.
+        gpu_s=round(sum(r.get("gpu_s", r.get("seconds", 0) * config.gpus_per_trial) for r in ended), 1),
         segments_to_the_end=to_the_end,
         tokens_to_the_end=round(_sum(commits, "tokens") * times),
         cpu_s_to_the_end=round(_sum(commits, "cpu_s") * times, 1),

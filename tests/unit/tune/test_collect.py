@@ -59,7 +59,7 @@ def test_a_failure_is_told_with_the_step_it_had_got_to(tmp_path: Path) -> None:
     assert segment is not None
     for step in (2, 10):
         (job.path(segment.name) / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
-    take(engine, segment, Outcome(error="node lost", retry=True))
+    take(engine, segment, Outcome(error="node lost", retry=True), 0.0)
     engine.close()
     assert engine.journal.records[-1]["step"] == 10 and not engine.journal.records[-1]["final"]
 

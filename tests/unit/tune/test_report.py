@@ -140,12 +140,15 @@ def test_what_failed_was_not_saved_and_what_diverged_was_spent(tmp_path):
         if segment.member == 1:
             engine.failed(segment, "worker died", retry=False)
         else:
-            engine.finished(segment, toy(segment), {}, 2.0, 1.0, 50)
+            engine.finished(segment, toy(segment), {}, 2.0, 1.0, 50, 1.0)
     engine.close()
-    records = engine.journal.records
+    records, members = engine.journal.records, engine.population.members
+    assert cost(records, members, settings).gpu_s == 6.0
     # As an older version wrote it, and then as this one does.
-    old = [{k: v for k, v in r.items() if r["kind"] != "fail" or k != "tokens"} for r in records]
-    members = engine.population.members
+    old = [
+        {k: v for k, v in r.items() if k != "gpu_s" and (r["kind"], k) != ("fail", "tokens")} for r in records
+    ]
+    assert cost(old, members, config(gpus_per_trial=2.0)).gpu_s == 24.0
     assert cost(old, members, settings).tokens == 5 * 50
     found = cost(records, members, settings)
     assert (found.segments, found.segments_to_the_end, found.saved) == (5, 8, 0.0)
