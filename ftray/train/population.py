@@ -16,10 +16,11 @@ from torch import nn
 
 from ftray.adapt.base import TRAINED, Named
 from ftray.config.recipe import Recipe
-from ftray.core.errors import ConfigError, DataError, FtrayError, RunStopped
+from ftray.core.errors import ConfigError, DataError, FtrayError, RunStopped, TrainError
 from ftray.data.store import Folder
 from ftray.model.build import move_rest
 from ftray.optim.first_order import Work, step_together
+from ftray.train.agree import agreed
 from ftray.train.build import build_model, surely_bf16
 from ftray.train.io import IO, Record
 from ftray.train.oom import explained
@@ -101,13 +102,15 @@ class Population:
     def _begin(self, place: int, part: Part, lead: IO) -> Run:
         """A member's run, its factors in the model under a name of their own."""
         recipe, name, io = part.recipe, _name(place), _Led(part.io, lead)
-        feed = open_feed(recipe, io)
-        recipe.adapt.apply(self._model, recipe.seed, name)
-        move_rest(self._model, recipe.strategy.device)
-        parameters = recipe.adapt.parameters(self._model, name)
-        before = self._residents.get(part.start_from) if part.start_from else None
-        trained = Trained(self._policy, parameters, name, before)
-        return assemble(recipe, io, feed, trained, part.start_from, stop_at=part.stop_at)
+        with agreed(recipe.strategy):
+            feed = open_feed(recipe, io)
+        with agreed(recipe.strategy):
+            recipe.adapt.apply(self._model, recipe.seed, name)
+            move_rest(self._model, recipe.strategy.device)
+            parameters = recipe.adapt.parameters(self._model, name)
+            before = self._residents.get(part.start_from) if part.start_from else None
+            trained = Trained(self._policy, parameters, name, before)
+            return assemble(recipe, io, feed, trained, part.start_from, stop_at=part.stop_at)
 
     def _drop_residents(self, parts: Sequence[Part] = ()) -> None:
         """Let go of those that none of these parts begins as: whoever does later has the checkpoint."""
@@ -136,20 +139,21 @@ def _train(runs: Mapping[int, Run], found: dict[int, Result | FtrayError], most_
     progress: dict[int, float] = {}
     for place, run in runs.items():
         with _alone(place, found):
-            run.start()
+            with agreed(run.recipe.strategy):
+                run.start()
             progress[place] = run.progress()
     while active := [place for place in progress if not runs[place].is_over(progress[place])]:
         works = _next_works(runs, active, progress, found)
         reports = step_together(list(works.values()), most_rows) if works else []
         for (place, work), report in zip(works.items(), reports, strict=True):
-            with _alone(place, found):
+            with _alone(place, found, _seen_by_all(runs[place])):
                 progress[place] = after_step(runs[place], work, report)
         for place in active:
             if place in found:
                 del progress[place]
         _heed([runs[place] for place in progress])
     for place in progress:
-        with _alone(place, found):
+        with _alone(place, found, _seen_by_all(runs[place])):
             found[place] = runs[place].finish()
 
 
@@ -173,14 +177,25 @@ def _next_works(
 
 
 @contextlib.contextmanager
-def _alone(place: int, found: dict[int, Result | FtrayError]) -> Iterator[None]:
-    """What is wrong with one member ends that one; all ranks see the same."""
+def _alone(
+    place: int, found: dict[int, Result | FtrayError], seen: type[FtrayError] = FtrayError
+) -> Iterator[None]:
+    """What is wrong with one member ends that one, if it is an error that all ranks see."""
     try:
         yield
     except RunStopped:
         raise
-    except FtrayError as error:
+    except seen as error:
         found[place] = error
+
+
+def _seen_by_all(run: Run) -> type[FtrayError]:
+    """Errors that no rank meets alone amid a step's or the end's collectives, where they can no longer agree.
+
+    They are numbers that are not finite. What one rank alone may meet there (a damaged shard, a checkpoint that
+    could not be written) ends the group.
+    """
+    return TrainError if run.recipe.strategy.dp_size > 1 else FtrayError
 
 
 def _heed(runs: Sequence[Run]) -> None:

@@ -15,6 +15,7 @@ from ftray.config.recipe import Recipe
 from ftray.model.policy import Policy
 from ftray.optim.first_order import FirstOrder, StepReport, Work, step_together
 from ftray.strategy.base import Parameters
+from ftray.train.agree import agreed
 from ftray.train.build import build_model, build_optimizers, choose_precision
 from ftray.train.checkpoint import Checkpoints, State
 from ftray.train.clock import Clock
@@ -135,9 +136,9 @@ def open_feed(recipe: Recipe, io: IO) -> Feed:
     """The rows of a run, whose folder is this process's own from here on."""
     strategy, settings = recipe.strategy, recipe.train
     main = strategy.dp_rank == 0
-    if main:
-        io.claim()
-    strategy.barrier()
+    with agreed(strategy):
+        if main:
+            io.claim()
     feed = Feed(
         *io.prepare(recipe),
         strategy,

@@ -1,14 +1,19 @@
 """A population on two ranks, replicated and sharded: each member is its run alone in one process."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from ftray.config.recipe import Recipe
+from ftray.core.errors import FtrayError
+from ftray.core.fs import lock_file
 from ftray.testing.ranks import on_ranks
+from ftray.train import io
 from ftray.train.io import LocalIO
 from ftray.train.population import Part, Population
 from ftray.train.run import Result
@@ -124,3 +129,46 @@ def test_an_exploit_in_memory_is_one_from_files(group: Group) -> None:
     """On every rank: replicas that differed would give other weights after the next step."""
     assert difference(group.second[0], group.from_files[0]) < 1e-6
     assert difference(group.second[0], group.second[2]) > 1e-4  # another seed: other rows
+
+
+def disagreeing(runs: Runs, damaged: Path, donor: Path) -> tuple[list[str], str]:
+    """What each rank says of four members, of which two cannot begin on one rank; then of one rank's full disk."""
+    world, rank = World("ddp", 2), dist.get_rank()
+    ends = {"max_steps": 1}
+    made = [runs.recipe(f"disagree{n}", world=world, **MEMBERS[1], train=ends, seed=n) for n in range(4)]
+    donors = [None, None, damaged if rank else donor, None]
+    patience, io._CLAIM_WAIT_S = io._CLAIM_WAIT_S, 0.1
+    try:
+        found = Population(made[0]).train(parts(runs, made, donors))
+    finally:
+        io._CLAIM_WAIT_S = patience
+    write = runs.recipe("write", world=world, **MEMBERS[1], train={"save_steps": 1})
+    folder = runs.dir(f"write{rank}")
+    folder.mkdir(parents=True)
+    if rank == 0:
+        (folder / "checkpoints").touch()
+    try:
+        written = str(Population(write).train([Part(write, LocalIO(folder))]))
+    except (FtrayError, RuntimeError) as error:  # the other rank finds that this one has left
+        written = type(error).__name__
+    return [str(one) if isinstance(one, FtrayError) else "" for one in found], written
+
+
+def test_what_one_rank_alone_meets_ends_the_member_on_all(alone: Runs, tmp_path: Path) -> None:
+    """A folder that another process holds, known to rank 0; a checkpoint that only rank 1 finds damaged.
+
+    A rank that went on alone would be a collective behind for good.
+    """
+    donor = alone.dir("single1-alone1") / "checkpoints" / "step-00000003"
+    damaged = shutil.copytree(donor, tmp_path / "damaged")
+    next(damaged.glob("*.safetensors")).write_bytes(b"")
+    held = alone.dir("disagree1")
+    held.mkdir(parents=True)
+    lock = lock_file(held / "run.lock", 0)
+    assert lock is not None
+    with lock:
+        (one, written), (two, _) = on_ranks(2, disagreeing, alone, damaged, donor)
+    assert one[1] == two[1] and "another process trains here" in one[1]
+    assert "another rank" in one[2] and str(damaged) in two[2]
+    assert [one[n] + two[n] for n in (0, 3)] == ["", ""], "the others are trained to their end"
+    assert written == "CheckpointError", "it ends the group, which can agree on nothing any more"
