@@ -46,7 +46,6 @@ def train_population_in_group(
     with contextlib.ExitStack() as stack:
         for part in parts:
             stack.enter_context(contextlib.closing(part.io))
-            (part.io.run_dir / FAILED).unlink(missing_ok=True)
         body = functools.partial(_train_population, [_packed(part) for part in parts], rows_per_pass)
         run_group(recipe, run_dir, cwd, recipe.strategy.cpus_per_worker, body)
         folders = [part.io.run_dir for part in parts]
@@ -65,13 +64,22 @@ def _train(packed: _Packed, accept_changed_data: bool) -> None:
 
 
 def _train_population(packed: Sequence[_Packed], rows_per_pass: int | None) -> None:
-    parts = [_unpacked(one) for one in packed]
+    train_members([_unpacked(one) for one in packed], rows_per_pass)
+
+
+def train_members(parts: Sequence[Part], rows_per_pass: int | None) -> None:
+    """`Population.train` on one worker; the errors of members that failed alone are left in their folders."""
     recipe = parts[0].recipe
+    main = recipe.strategy.dp_rank == 0
+    files = [part.io.run_dir / FAILED for part in parts]
+    if main:
+        for file in files:
+            file.unlink(missing_ok=True)  # of an earlier start of the group
     found = Population(recipe).train(parts, rows_per_pass=rows_per_pass)
-    if recipe.strategy.dp_rank == 0:
-        for part, result in zip(parts, found, strict=True):
+    if main:
+        for file, result in zip(files, found, strict=True):
             if isinstance(result, FtrayError):
-                write_error(part.io.run_dir / FAILED, result)
+                write_error(file, result)
 
 
 def _packed(part: Part) -> _Packed:

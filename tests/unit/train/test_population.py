@@ -15,6 +15,8 @@ from ftray.testing.tiny import tiny_base as make_base
 from ftray.train.checkpoint import Checkpoints
 from ftray.train.io import LocalIO
 from ftray.train.population import Part, Population
+from ftray.train.ray_group import read_error, write_error
+from ftray.train.ray_work import FAILED, train_members
 from ftray.train.run import Result
 from ftray.train.worker import train
 from tests.recipes import MakeRecipe
@@ -191,6 +193,17 @@ def test_what_is_wrong_with_one_member_ends_that_one(make_recipe: MakeRecipe, tm
     for recipe, result in ((made[0], found[0]), (made[1], found[4])):
         assert isinstance(result, Result)
         assert largest_difference(result, train(recipe, LocalIO(tmp_path / recipe.name))) < 1e-5
+
+
+def test_members_errors_are_those_of_the_last_start(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """A worker group whose process dies at the very end is started again, and then all may be well."""
+    made = [make_recipe("sound", train__max_steps=1), make_recipe("bad", optim__learning_rate=1e30)]
+    parts = parts_of(made, tmp_path)
+    for part in parts:
+        write_error(part.io.run_dir / FAILED, TrainError("of before"))
+    train_members(parts, None)
+    assert read_error(tmp_path / "sound" / FAILED) is None
+    assert "not finite" in str(read_error(tmp_path / "bad" / FAILED))
 
 
 def test_what_members_cannot_differ_in_is_told_in_one_line(make_recipe: MakeRecipe, tmp_path: Path) -> None:
