@@ -8,6 +8,7 @@
     ├── RegistryError    a name, a version, an alias
     ├── CheckpointError  a damaged or foreign checkpoint
     ├── TrainError       a run that cannot go on (not finite, hung)
+    │   └── GroupFailed  a worker group that died, hung or found no room: another attempt may go better
     ├── RunStopped       a run that was asked to end early; carries the signal, if it was one
     ├── TuneError        a search that cannot go on
     ├── ClusterError     a cluster that cannot be reached or refuses us
@@ -47,6 +48,10 @@ class CheckpointError(FtrayError):
 
 class TrainError(FtrayError):
     """A training run that cannot go on."""
+
+
+class GroupFailed(TrainError):
+    """A worker group that failed though no worker met a user's mistake: another attempt may go better."""
 
 
 class RunStopped(FtrayError):

@@ -13,7 +13,7 @@ from ftray.cluster import allocator
 from ftray.cluster.ray_room import wait_for_room
 from ftray.config.recipe import Recipe
 from ftray.core import errors
-from ftray.core.errors import FtrayError, RunStopped, TrainError
+from ftray.core.errors import FtrayError, GroupFailed, RunStopped, TrainError
 from ftray.core.fs import read_json, write_bytes, write_json
 from ftray.strategy.elastic import bounds
 from ftray.train.io import STOPPED, Record
@@ -62,7 +62,8 @@ def run_group(
 
     Raises:
         RunStopped: if this process was asked to end; a checkpoint holds every step.
-        FtrayError: a user's mistake that a worker met, or what made the group fail `max_failures` times.
+        GroupFailed: if it failed more than `max_failures` times, hung or found no room.
+        FtrayError: a user's mistake that a worker met.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     config = {"run_dir": str(run_dir), "cwd": str(cwd), "body": body}
@@ -177,7 +178,7 @@ def _fit(trainer: Any, run_dir: Path, stop: Stop) -> None:
         raise mistake
     if failed:
         found = hung(run_dir)
-        raise (TrainError(found) if found else _ours(failed[0])) from failed[0]
+        raise GroupFailed(found or _told(failed[0])) from failed[0]
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -221,9 +222,9 @@ def read_error(path: Path) -> FtrayError | None:
     return found
 
 
-def _ours(error: BaseException) -> FtrayError:
+def _told(error: BaseException) -> str:
     """One line that names the last cause of a worker group's failure."""
     failures = getattr(error, "worker_failures", {})
     shown = next(iter(failures.values()), error)
     lines = str(shown).strip().splitlines()
-    return TrainError(f"the worker group failed: {lines[-1] if lines else type(shown).__name__}")
+    return f"the worker group failed: {lines[-1] if lines else type(shown).__name__}"

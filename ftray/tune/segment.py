@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftray.config.recipe import Recipe
-from ftray.core.errors import ConfigError, FtrayError, RunStopped
+from ftray.core.errors import ClusterError, ConfigError, FtrayError, GroupFailed, RunStopped
 from ftray.core.fs import read_json, write_json
 from ftray.core.spec import parse
 from ftray.strategy.elastic import bounds
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ftray.train.population import Part
 
 RESULT = "segment.json"
+_FAULTS = (ClusterError, GroupFailed)
+"""No mistakes of the user."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ def run_segment(job: Job, segment: Segment) -> Outcome:
 def run_segments(job: Job, segments: Sequence[Segment], train: Train | None = None) -> list[Outcome]:
     """Train segments, or find that they have been trained; what came of each.
 
-    A user's mistake (`FtrayError`) is not worth another attempt; any other exception is. What `train` raises,
-    instead of returning it for one task, says nothing about any of them: in the end it ends the search.
+    A user's mistake (`FtrayError`) is not worth another attempt; any other exception is, and a fault of a worker
+    group. What `train` raises, instead of returning it for one task, says nothing about any of them: in the end it
+    ends the search.
 
     Args:
         job: of the search.
@@ -184,7 +187,9 @@ def _failure(folder: Path, error: Exception, *, of_all: bool = False) -> Outcome
     told = f"{type(error).__name__}: {error}"
     if of_all:
         told += "; once it is mended, the same command with --resume goes on"
-    return Outcome(error=told, retry=not isinstance(error, FtrayError), fatal=of_all)
+    return Outcome(
+        error=told, retry=not isinstance(error, FtrayError) or isinstance(error, _FAULTS), fatal=of_all
+    )
 
 
 def read_result(folder: Path) -> tuple[Path | None, Path | None]:

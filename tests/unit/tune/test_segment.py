@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 
 from ftray.config.recipe import Recipe
 from ftray.config.tune import TRAIN_FN, TuneConfig
-from ftray.core.errors import ConfigError
+from ftray.core.errors import ClusterError, ConfigError, GroupFailed, TrainError
 from ftray.core.spec import parse
 from ftray.core.spec import replace as spec_replace
 from ftray.testing import toy_train
 from ftray.train.track.jsonl import read_records
 from ftray.tune.as_searched import in_steps, segment_recipe
 from ftray.tune.engine import Segment
-from ftray.tune.segment import Job, load_function, read_result, run_segment
+from ftray.tune.segment import Job, load_function, read_result, run_segment, run_segments
 from ftray.tune.space import Space, apply
 
 SEGMENT = Segment(
@@ -104,6 +104,25 @@ def test_failures_say_whether_another_attempt_may_help(job, tmp_path):
     (tmp_path / "toy.json").write_text(json.dumps({"raise": ["m000"]}))
     raised = run_segment(job, SEGMENT)
     assert raised.error == "RuntimeError: told to fail" and raised.retry and raised.score is None
+
+
+def test_a_worker_group_that_dies_is_worth_another_attempt(job):
+    """Of one member, and of all together; a mistake that its workers met is not."""
+
+    def found(error: Exception, *, of_all: bool) -> tuple[bool, bool]:
+        def train(*_):
+            if of_all:
+                raise error
+            return [error]
+
+        (outcome,) = run_segments(job, [SEGMENT], train)
+        assert str(error) in outcome.error
+        return outcome.retry, outcome.fatal
+
+    for error in (GroupFailed("the worker group failed"), ClusterError("no room")):
+        assert found(error, of_all=False) == (True, False) and found(error, of_all=True) == (True, True)
+    mistake = TrainError("not finite")
+    assert found(mistake, of_all=False) == (False, False) and found(mistake, of_all=True) == (False, True)
 
 
 def test_a_metric_that_is_not_reported_ends_the_search(job):
