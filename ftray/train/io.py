@@ -3,7 +3,7 @@
 The loop is the same in a notebook, a test and a Ray Train worker; only its `IO` differs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO as File
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 STOPPED = "stopped.json"
-"""Written when a run was asked to end early and did: after which step, and why."""
+"""Written when a run was asked to end early and did: after which step (of each, if there are several), and why."""
 
 _CLAIM_WAIT_S = 30.0
 
@@ -63,8 +63,8 @@ class IO(Protocol):
         """The signal that asked, if it was one."""
         ...
 
-    def stopped(self, step: int, reason: str) -> None:
-        """The run ends before its time, with a checkpoint of this step; called on rank 0."""
+    def stopped(self, steps: Sequence[int], reason: str) -> None:
+        """The run, or each of several, ends before its time with a checkpoint of its step; called on rank 0."""
         ...
 
     def log(self, record: Record) -> None:
@@ -158,9 +158,9 @@ class LocalIO:
         """The signal that asked, if it was one."""
         return None if self._stop is None else self._stop.signum
 
-    def stopped(self, step: int, reason: str) -> None:
+    def stopped(self, steps: Sequence[int], reason: str) -> None:
         """Leave word in the run's folder."""
-        write_json(self.run_dir / STOPPED, {"step": step, "reason": reason})
+        write_json(self.run_dir / STOPPED, {"steps": list(steps), "reason": reason})
 
     def log(self, record: Record) -> None:
         """To every tracker."""

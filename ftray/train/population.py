@@ -95,7 +95,7 @@ class Population:
                     stack.callback(runs[place].checkpoints.close)
             self._drop_residents()
             parts[0].io.start(self.recipe, self.recipe.strategy.dp_rank)
-            _train(runs, found, rows_per_pass)
+            _train(runs, found, rows_per_pass, parts[0].io)
             self._keep(runs, found)
         return [found[place] for place in range(len(parts))]
 
@@ -134,7 +134,9 @@ def _name(place: int) -> str:
     return f"m{place:03}"
 
 
-def _train(runs: Mapping[int, Run], found: dict[int, Result | FtrayError], most_rows: int | None) -> None:
+def _train(
+    runs: Mapping[int, Run], found: dict[int, Result | FtrayError], most_rows: int | None, lead: IO
+) -> None:
     """Train every run to its end; what comes of each goes into `found`."""
     progress: dict[int, float] = {}
     for place, run in runs.items():
@@ -151,7 +153,7 @@ def _train(runs: Mapping[int, Run], found: dict[int, Result | FtrayError], most_
         for place in active:
             if place in found:
                 del progress[place]
-        _heed([runs[place] for place in progress])
+        _heed(runs, list(progress), found, lead)
     for place in progress:
         with _alone(place, found, _seen_by_all(runs[place])):
             found[place] = runs[place].finish()
@@ -198,19 +200,25 @@ def _seen_by_all(run: Run) -> type[FtrayError]:
     return TrainError if run.recipe.strategy.dp_size > 1 else FtrayError
 
 
-def _heed(runs: Sequence[Run]) -> None:
+def _heed(
+    runs: Mapping[int, Run], sound: Sequence[int], found: Mapping[int, Result | FtrayError], lead: IO
+) -> None:
     """End all runs here if any rank is asked to. Raises `RunStopped` once each has a checkpoint of this step."""
-    if not runs:
+    if not sound:
         return
-    strategy = runs[0].recipe.strategy
-    if not strategy.sum(torch.tensor([float(runs[0].io.stop_reason() is not None)])):
+    strategy, reason = runs[sound[0]].recipe.strategy, lead.stop_reason()
+    if not strategy.sum(torch.tensor([float(reason is not None)])):
         return
     stopped = []
-    for run in runs:
+    for place in sound:
         try:
-            run.heed()
+            runs[place].heed()
         except RunStopped as error:
             stopped.append(error)
+    if strategy.dp_rank == 0:
+        steps = [runs[place].state.step if place in runs else 0 for place in sorted({*runs, *found})]
+        lead.stopped(steps, reason or "another rank was asked to end")
+    strategy.barrier()
     raise stopped[0]
 
 
@@ -270,9 +278,8 @@ class _Led:
         """The group's."""
         return self._lead.stop_signal
 
-    def stopped(self, step: int, reason: str) -> None:
-        """The whole group does."""
-        self._lead.stopped(step, reason)
+    def stopped(self, steps: Sequence[int], reason: str) -> None:
+        """The whole group does; told once for all."""
 
     def log(self, record: Record) -> None:
         """To the member's trackers."""

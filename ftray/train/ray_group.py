@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def run_group(
     # Once for the whole run: a group that has lost a node waits for GPUs again and does not go on without.
     resources = resources_of(least, cpus_per_worker)
     stop = Stop(run_dir)
-    begun = -1
+    begun: list[int] = []
     try:
         with Tail(run_dir / METRICS, on_record), _ray_settings(_START_S if least == most else _TRY_S):
             while True:
@@ -82,19 +82,25 @@ def run_group(
                 if not (run_dir / STOPPED).exists():
                     return
                 stopped = read_json(run_dir / STOPPED)
-                if stop.reason or stopped["step"] <= begun:
+                steps: list[int] = stopped["steps"]
+                if stop.reason or not advanced(steps, begun):
                     # Which worker saw the request first is chance; who made it is known here.
                     reason = stop.reason or stopped["reason"]
-                    raise RunStopped(stopped_after(recipe.name, stopped["step"], reason), stop.signum)
-                begun = stopped["step"]
+                    raise RunStopped(stopped_after(recipe.name, max(steps), reason), stop.signum)
+                begun = steps
                 wait_for_room(
                     least, resources, strategy.wait_for_room_s, until=lambda: stop.reason is not None
                 )
                 if stop.reason:
-                    raise RunStopped(stopped_after(recipe.name, begun, stop.reason), stop.signum)
+                    raise RunStopped(stopped_after(recipe.name, max(begun), stop.reason), stop.signum)
     finally:
         stop.close()
         (run_dir / STOP).unlink(missing_ok=True)
+
+
+def advanced(steps: Sequence[int], begun: Sequence[int]) -> bool:
+    """True if any of what a group trains is further than at the notice before, which may have ended others."""
+    return not begun or any(now > then for now, then in zip(steps, begun, strict=True))
 
 
 @contextlib.contextmanager

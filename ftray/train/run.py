@@ -192,7 +192,7 @@ class Run:
         self._save(wait=True)
         step, reason = self.state.step, reason or "another rank was asked to end"
         if strategy.dp_rank == 0:
-            self.io.stopped(step, reason)
+            self.io.stopped([step], reason)
         strategy.barrier()
         raise RunStopped(stopped_after(self.recipe.name, step, reason), self.io.stop_signal)
 

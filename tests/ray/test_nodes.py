@@ -133,7 +133,7 @@ def test_nodes_come_and_go(cluster: Cluster, make_recipe: MakeRecipe, tmp_path: 
             until(lambda: world(folder) == 2 and max(losses(folder)) > done + 3, "two workers at last")
         (folder / "stop").write_text("the test is over")
         until(lambda: (folder / "stopped.json").exists(), "the end")
-        last = read_json(folder / "stopped.json")["step"]
+        (last,) = read_json(folder / "stopped.json")["steps"]
     print(f"workers by committed step: {dict(sorted(commits(folder).items()))}")
     assert set(commits(folder).values()) >= {2, 3}
     reference = make_recipe("reference", objective={**slow, "pause_s": 0.0}, **settings)

@@ -1,7 +1,10 @@
 """Runs over one base in memory: each is its run alone, whoever else is there."""
 
+import contextlib
 import itertools
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from ftray.config.recipe import Recipe
-from ftray.core.errors import CheckpointError, ConfigError, DataError, FtrayError, TrainError
+from ftray.core.errors import CheckpointError, ConfigError, DataError, FtrayError, RunStopped, TrainError
+from ftray.core.fs import read_json
 from ftray.testing.tiny import tiny_base as make_base
 from ftray.train.checkpoint import Checkpoints
-from ftray.train.io import LocalIO
+from ftray.train.io import STOPPED, LocalIO
 from ftray.train.population import Part, Population
-from ftray.train.ray_group import read_error, write_error
+from ftray.train.ray_group import advanced, read_error, write_error
 from ftray.train.ray_work import FAILED, train_members
 from ftray.train.run import Result
 from ftray.train.worker import train
@@ -204,6 +208,34 @@ def test_members_errors_are_those_of_the_last_start(make_recipe: MakeRecipe, tmp
     train_members(parts, None)
     assert read_error(tmp_path / "sound" / FAILED) is None
     assert "not finite" in str(read_error(tmp_path / "bad" / FAILED))
+
+
+class Noticed(LocalIO):
+    """The process is sent SIGTERM in the middle of a step."""
+
+    at = -1
+
+    def beat(self, step: int, phase: str = "step") -> None:
+        super().beat(step, phase)
+        if step == self.at:
+            self.at = -1
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_notice_tells_where_every_member_is(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Also those that are over or have failed: from one notice to the next they stay where they are."""
+    long, short, bad = make_recipe("long"), make_recipe("short"), make_recipe("bad", objective="dpo")
+    found = []
+    for at in (2, 4, 4):
+        lead = Noticed(tmp_path / "long")
+        lead.at = at
+        parts = [Part(long, lead), *parts_of([short], tmp_path, stop_at=1), *parts_of([bad], tmp_path)]
+        with contextlib.suppress(RunStopped):
+            Population(long).train(parts)
+        found.append(read_json(tmp_path / "long" / STOPPED)["steps"] if lead.at < 0 else None)
+    assert found == [[3, 1, 0], [5, 1, 0], None], "the last one went on after its notice"
+    first, second = found[:2]
+    assert advanced(first, []) and advanced(second, first) and not advanced(second, second)
 
 
 def test_what_members_cannot_differ_in_is_told_in_one_line(make_recipe: MakeRecipe, tmp_path: Path) -> None:
