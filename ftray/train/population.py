@@ -194,8 +194,8 @@ def _alone(
 def _seen_by_all(run: Run) -> type[FtrayError]:
     """Errors that no rank meets alone amid a step's or the end's collectives, where they can no longer agree.
 
-    They are numbers that are not finite. What one rank alone may meet there (a damaged shard, a checkpoint that
-    could not be written) ends the group.
+    They are numbers that are not finite. What one rank alone may meet there (a checkpoint that could not be
+    written, a damaged shard of validation) ends the group.
     """
     return TrainError if run.recipe.strategy.dp_size > 1 else FtrayError
 
