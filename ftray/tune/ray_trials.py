@@ -8,13 +8,10 @@ fresh Tuner.
 import contextlib
 import json
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from ray import tune
@@ -24,13 +21,13 @@ from ftray.cluster.ray_session import session
 from ftray.config.load import load
 from ftray.config.recipe import Recipe
 from ftray.config.tune import TRAIN_FN, TuneConfig
-from ftray.core.errors import RunStopped, TuneError
+from ftray.core.errors import TuneError
 from ftray.core.spec import parse
 from ftray.core.types import Progress, no_progress
 from ftray.data.ray_prepare import prepare
-from ftray.train.stop import SIGNALS
 from ftray.tune.collect import Collector
 from ftray.tune.engine import Engine, OnRecord, Segment
+from ftray.tune.halt import Halt
 from ftray.tune.local import open_search, take
 from ftray.tune.members import JOURNAL
 from ftray.tune.plots import plot
@@ -143,7 +140,7 @@ def _fit(engine: Engine, job: Job, callbacks: Sequence[tune.Callback]) -> None:
         ),
     )
     try:
-        with _heard(searcher):
+        with searcher.halt.heard():
             tuner.fit()
     except Exception:
         # What the searcher latched is the cause of whatever Tune made of it.
@@ -166,6 +163,7 @@ class SegmentSearcher(Searcher):
         self.watch = watch
         self.error: BaseException | None = None
         """Ray Tune swallows what `on_trial_complete` raises, so it is kept and raised by `suggest`."""
+        self.halt = Halt(job)
         self._groups: dict[str, list[Segment]] = {}
         self._collector = Collector(engine, job)
 
@@ -180,6 +178,8 @@ class SegmentSearcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """The next segments, None to be asked again later, or the end."""
         self.end_stall()
+        if self.halt.asked is not None:
+            return None
         if self.engine.done:
             return self.FINISHED
         try:
@@ -211,6 +211,8 @@ class SegmentSearcher(Searcher):
             outcomes = [Outcome(**outcome) for outcome in json.loads(result["outcomes"])]
         try:
             for segment, outcome in zip(group, outcomes, strict=True):
+                if outcome.stopped and self.halt.asked is not None:
+                    continue  # the others may save too
                 take(self.engine, segment, outcome, self.num_gpus)
             self._collector.collect()
         except BaseException as raised:
@@ -218,11 +220,12 @@ class SegmentSearcher(Searcher):
 
     def end_stall(self) -> None:
         """Raise what must end the search, `TuneError` if nothing has moved for too long."""
-        if self.error is not None:
-            raise self.error
-        message = self.watch.stalled(segment.name for group in self._groups.values() for segment in group)
-        if message is not None:
+        running = [segment.name for group in self._groups.values() for segment in group]
+        if self.error is None and self.halt.due(running):
+            self.error = self.halt.asked
+        if self.error is None and (message := self.watch.stalled(running)) is not None:
             self.error = TuneError(message)
+        if self.error is not None:
             raise self.error
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -249,28 +252,6 @@ class EndStall(tune.Callback):
         """Look for signs of progress."""
         del iteration, trials, info
         self._searcher.end_stall()
-
-
-@contextlib.contextmanager
-def _heard(searcher: SegmentSearcher) -> Iterator[None]:
-    """Have a signal end the search at the searcher's next look: raised amid Ray's calls it would abort them."""
-
-    def keep(signum: int, frame: FrameType | None) -> None:
-        del frame
-        if searcher.error is not None:
-            raise KeyboardInterrupt
-        told = f"{searcher.job.folder}: stopped ({signal.Signals(signum).name}); `--resume` goes on"
-        searcher.error = RunStopped(told, signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, keep) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

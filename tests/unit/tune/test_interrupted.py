@@ -1,7 +1,9 @@
 """Searches that are asked to end, or whose members cannot go on together: nobody is lost by it."""
 
+import json
 import os
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from ftray.config.tune import TuneConfig
 from ftray.core.errors import RunStopped, TrainError, TuneError
 from ftray.core.spec import parse, spec
 from ftray.train.population import Population
+from ftray.tune.halt import Halt
 from ftray.tune.journal import read
 from ftray.tune.local import open_search, run_local
 from ftray.tune.ray_trials import SegmentSearcher
+from ftray.tune.segment import Outcome
 from ftray.tune.stall import StallWatch
 from tests.recipes import MakeRecipe
 
@@ -134,6 +138,32 @@ def test_what_ended_all_members_by_chance_is_tried_again(
         run_local(search(tmp_path, "ended", executor="population"), recipe)
     records = read(tmp_path / "ended" / "journal.jsonl")
     assert [record["final"] for record in records if record["kind"] == "fail"] == [False, False]
+
+
+def test_a_signal_lets_all_segments_save_before_the_search_ends(recipe: Recipe, tmp_path: Path) -> None:
+    engine, job = open_search(search(tmp_path, "asked"), recipe)
+    searcher = SegmentSearcher(engine, job, StallWatch(tmp_path / "segments", None))
+    now = [0.0]
+    searcher.halt = Halt(job, lambda: now[0])
+    names = [searcher.suggest(trial)["segments"][0]["name"] for trial in ("a", "b")]
+    for name in names:
+        job.path(name).mkdir(parents=True)
+    with searcher.halt.heard():
+        searcher.end_stall()
+        os.kill(os.getpid(), signal.SIGTERM)
+        searcher.end_stall()
+        assert all((job.path(name) / "stop").is_file() for name in names)
+        stopped = asdict(Outcome(error="run: stopped (stop)", fatal=True, stopped=True))
+        searcher.on_trial_complete("a", {"outcomes": json.dumps([stopped])})
+        assert searcher.suggest("c") is None, "nothing is begun, and the other segment still saves"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        now[0] = 30.0
+        with pytest.raises(RunStopped, match=r"stopped \(SIGTERM\); `--resume` goes on") as caught:
+            searcher.end_stall()
+    engine.close()
+    assert caught.value.signum == signal.SIGTERM
+    assert "fail" not in [record["kind"] for record in engine.journal.records]
 
 
 def test_a_process_that_died_with_several_members_is_started_again_and_then_the_search_ends(
