@@ -198,12 +198,14 @@ def processes(deployment: str) -> list[psutil.Process]:
 
 
 def _waited_s(pid: int) -> float:
-    """How long a process was ready to run while others had the processors, its threads together (Linux)."""
-    waited_ns = 0
-    for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError, IndexError):
-            waited_ns += int(file.read_text().split()[1])
-    return waited_ns / 1e9
+    """How long a process's main thread was ready to run while others had the processors (Linux).
+
+    Of one thread, since the waiting of several at once is no longer than that of one.
+    """
+    try:
+        return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def _command(process: psutil.Process) -> str:

@@ -92,8 +92,9 @@ class Watch:
 
     def leaks(self) -> list[str]:
         """What grew more than it may, in words; nothing seen is no good news."""
-        found = [] if self.grown() else ["too little was watched to say anything"]
-        for key, gained in self.grown().items():
+        grown = self.grown()
+        found = [f"{kind}: too little was seen" for kind in _KINDS if f"{kind}_mib_per_minute" not in grown]
+        for key, gained in grown.items():
             limit = MAX_MIB_PER_MINUTE if key.endswith("minute") else _MAX_MORE[key.partition("_")[2]]
             if gained > limit:
                 found.append(f"{key}: {gained:g}, at most {limit:g} is allowed")

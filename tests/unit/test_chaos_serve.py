@@ -63,7 +63,10 @@ def test_streams_are_judged_by_their_end(stream: str, found: str) -> None:
 
 
 def watched(**measures: list[float]) -> Watch:
+    """An endpoint whose engine held this, and whose other processes stood still."""
     watch = Watch(lambda: 0)
+    for kind in ("http", "control"):
+        watch.samples[f"{kind}-2", "mib"] = [(at / 30, 100.0) for at in range(20)]
     for name, values in measures.items():
         watch.samples["engine-1", name] = [(at / 30, value) for at, value in enumerate(values)]
     return watch
@@ -71,7 +74,8 @@ def watched(**measures: list[float]) -> Watch:
 
 def test_what_grows_after_the_start_is_a_leak() -> None:
     warming = [100.0, 200.0, 300.0]
-    assert Watch(lambda: 0).leaks()
+    assert len(Watch(lambda: 0).leaks()) == 3
+    assert watched(fds=[10.0] * 20).leaks() == ["engine: too little was seen"]
     flat = watched(mib=[*warming, *[400.0, 401.0, 400.5] * 5], fds=[10, 20, 30, *[40] * 15])
     assert flat.leaks() == []
     leaking = watched(mib=[400 + 0.1 * at for at in range(60)], fds=[40.0 + at for at in range(60)])
