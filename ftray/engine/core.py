@@ -39,6 +39,9 @@ _PAUSE_S = 0.02
 class Runner(Places, Protocol):
     """Computes logits; holds the model, the cache and the deltas' tensors."""
 
+    vocab_size: int
+    """Token ids that the model has, which may be fewer than its tokenizer's."""
+
     def forward(self, rows: list[Row], keys: list[str | None], keep: list[int]) -> torch.Tensor:
         """Run one step.
 
@@ -101,6 +104,7 @@ class StepEngine:
         if request.delta is not None and (entry := self._slots.find(request.delta)) is None:
             message = f"delta: {request.delta!r} is not loaded"
             raise RequestError(message, status=404, code="model_not_found", param="model")
+        request.check_ids(self._runner.vocab_size)
         for seq in self.scheduler.add(request):
             digest = entry.digest if entry else self.info.base_digest
             self._answers[seq] = Answer(seq, self.tokenizer, self._eos, digest)

@@ -47,6 +47,8 @@ class ByteTokenizer:
 class FakeRunner:
     """Spells a fixed text for each delta."""
 
+    vocab_size = _EOS + 1
+
     def __init__(self, text: str, step_s: float) -> None:
         self._text = text
         self._step_s = step_s
@@ -55,7 +57,7 @@ class FakeRunner:
     def forward(self, rows: list[Row], keys: list[str | None], keep: list[int]) -> torch.Tensor:
         """Logits that leave no doubt about the next byte of the text."""
         time.sleep(self._step_s)
-        logits = torch.zeros(sum(row.length for row in rows), _EOS + 1)
+        logits = torch.zeros(sum(row.length for row in rows), self.vocab_size)
         last = -1
         for row, key in zip(rows, keys, strict=True):
             last += row.length

@@ -43,6 +43,7 @@ class HFRunner:
 
     def __init__(self, model: Any, reader: DeltaReader) -> None:
         self.model = model
+        self.vocab_size: int = model.config.get_text_config().vocab_size
         self.use_cache = True
         self._reader = reader
         self._own: dict[str, Any] = {}

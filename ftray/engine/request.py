@@ -101,6 +101,13 @@ class Request:
     def __post_init__(self) -> None:
         _require(0.0 < self.weight < float("inf"), "weight", self.weight, "use a positive number")
 
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise `RequestError` if the prompt has a token id that the model lacks; its tokenizer may have more."""
+        for token in (max(self.prompt_ids, default=0), min(self.prompt_ids, default=0)):
+            _require(
+                0 <= token < vocab_size, "prompt", token, f"use the model's token ids, 0 to {vocab_size - 1}"
+            )
+
 
 @dataclass(frozen=True)
 class TokenLogprob:

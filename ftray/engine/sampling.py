@@ -109,7 +109,9 @@ def sample(logits_RV: torch.Tensor, draws: Sequence[Draws]) -> list[int | None]:
 def _adjusted(logits_RV: torch.Tensor, draws: Sequence[Draws]) -> torch.Tensor:
     """Logits after penalties and bans; the same tensor if there are none."""
     penalised = [row for row, draw in enumerate(draws) if draw.penalised]
-    banned = [(row, token) for row, draw in enumerate(draws) for token in draw.banned()]
+    # A stop token may be any number, and a model's own ends may be its tokenizer's alone.
+    tokens = range(logits_RV.shape[1])
+    banned = [(row, token) for row, draw in enumerate(draws) for token in draw.banned() if token in tokens]
     if not penalised and not banned:
         return logits_RV
     logits_RV = logits_RV.clone()

@@ -79,6 +79,7 @@ class TorchRunner:
 
     def __init__(self, base: Base, cache: paged.KVCache) -> None:
         self.model = base.model
+        self.vocab_size: int = base.model.config.get_text_config().vocab_size
         self.cache = cache
         self.calls = 0
         """Attention calls of the last step."""

@@ -53,6 +53,8 @@ class VLLMEngine:
             raise RequestError(f"id: {request.id!r} is already in the engine; use a new one", param="id")
         if not request.prompt_ids:
             raise RequestError("prompt: it has no token; write something", param="prompt")
+        vocab_size = self._engine.model_config.get_vocab_size()
+        request.check_ids(vocab_size)
         if sampling.prompt_logprobs is not None and self._on_cpu:
             # Its LoRA operations on CPUs fail on a prompt's logits, and with them every request in the step.
             message = "prompt_logprobs: vLLM has none on CPUs beside deltas; use `engine: torch`"
@@ -72,7 +74,7 @@ class VLLMEngine:
         self._engine.add_request(
             request.id,
             prompt,
-            sampling_params(sampling),
+            sampling_params(sampling, vocab_size),
             lora_request=delta.lora if delta else None,
             priority=request.priority,
         )

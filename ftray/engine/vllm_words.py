@@ -30,8 +30,8 @@ def token_logprob(token: int, entry: Any, num_top: int) -> TokenLogprob:
     return TokenLogprob(token, entry[token].logprob, tuple((other, one.logprob) for other, one in ranked))
 
 
-def sampling_params(sampling: Sampling) -> Any:
-    """vLLM's `SamplingParams`."""
+def sampling_params(sampling: Sampling, vocab_size: int) -> Any:
+    """vLLM's `SamplingParams` for a model with so many token ids; stop tokens beyond them can never come."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -42,6 +42,6 @@ def sampling_params(sampling: Sampling) -> Any:
         # It takes no 0: one token is computed and left out.
         max_tokens=max(1, sampling.max_tokens),
         stop=list(sampling.stop),
-        stop_token_ids=list(sampling.stop_token_ids),
+        stop_token_ids=[token for token in sampling.stop_token_ids if token < vocab_size],
         output_kind=RequestOutputKind.DELTA,
     )

@@ -11,6 +11,7 @@ from ftray.core.errors import RequestError
 from ftray.engine.api import Output, Request, Sampling
 from ftray.engine.core import StepEngine
 from ftray.engine.fake import FakeEngineConfig
+from ftray.engine.hf_generate import HFGenerateConfig
 from ftray.engine.lora_slots import SlotFactors
 from ftray.engine.torch_engine import TorchEngineConfig
 from tests.peft_reference import Reference
@@ -113,6 +114,26 @@ def test_min_tokens_holds_every_end_back(engine: StepEngine) -> None:
     late = engine.generate([ask(max_tokens=12, stop_token_ids=ends, min_tokens=8)])[0]
     assert len(late.token_ids) >= 8
     assert not set(late.token_ids[:8]) & set(ends)
+
+
+@pytest.mark.parametrize("config", [TorchEngineConfig, HFGenerateConfig])
+def test_token_ids_that_the_model_lacks_harm_nobody_else(tiny_base: Path, config: Any) -> None:
+    engine: StepEngine = config().build(str(tiny_base))
+    requests = [ask("runs"), ask("bans", min_tokens=3, stop_token_ids=(258, 2_000_000_000))]
+    alone = [engine.generate([request])[0].token_ids for request in requests]
+    engine.add(requests[0])
+    outputs = engine.step()
+    for token in (258, -1):
+        with pytest.raises(RequestError, match=f"prompt: {token} is refused; use .* 0 to 257"):
+            engine.add(Request(id="lacks", prompt_ids=[9, token, 9]))
+    engine.add(requests[1])
+    while engine.has_work():
+        outputs += engine.step()
+    gained = [
+        [token for output in outputs if output.id == name for token in output.token_ids]
+        for name in ("runs", "bans")
+    ]
+    assert gained == alone and all(map(len, alone))
 
 
 def test_penalties_take_part(engine: StepEngine, reference: Reference) -> None:

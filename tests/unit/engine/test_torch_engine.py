@@ -161,6 +161,8 @@ def test_reaching_max_tokens_is_length(engine: StepEngine) -> None:
 
 def test_end_of_sequence_is_stop(engine: StepEngine) -> None:
     class AlwaysEnd:
+        vocab_size = 258
+
         def forward(self, rows: list[Any], keys: list[Any], keep: list[int]) -> torch.Tensor:
             return torch.nn.functional.one_hot(torch.tensor([0] * len(keep)), 258).float()
 
@@ -179,7 +181,7 @@ def test_end_of_sequence_is_stop(engine: StepEngine) -> None:
     ("request_", "status", "word"),
     [
         (ask("x", "unknown"), 404, "not loaded"),
-        (ask("x", prompt=600), 400, "512"),
+        (Request(id="x", prompt_ids=[9] * 600), 400, "512"),
         (ask("x", max_tokens=600), 400, "512"),
         (Request(id="x", prompt_ids=[]), 400, "no token"),
     ],
