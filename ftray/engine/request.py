@@ -12,6 +12,8 @@ MAX_LOGPROBS = 20
 """Most alternatives reported per token."""
 MAX_N = 128
 """Most answers to one prompt."""
+MIN_PENALTY = 0.01
+"""Least repetition penalty: logits divided by less may leave the range of a float."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class Sampling:
         _require(self.top_k >= 0, "top_k", self.top_k, "use at least 1, or 0 for all")
         _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "use 0 to 1")
         penalty = self.repetition_penalty
-        _require(0.0 < penalty <= 10.0, "repetition_penalty", penalty, "use more than 0 and at most 10")
+        _require(MIN_PENALTY <= penalty <= 10.0, "repetition_penalty", penalty, f"use {MIN_PENALTY} to 10")
         for name in ("presence_penalty", "frequency_penalty"):
             _require(-2.0 <= getattr(self, name) <= 2.0, name, getattr(self, name), "use -2 to 2")
         _require(1 <= self.n <= MAX_N, "n", self.n, f"use 1 to {MAX_N}")

@@ -7,7 +7,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from pydantic_core import PydanticCustomError
 
 from ftray.core.errors import RequestError
-from ftray.engine.request import MAX_LOGPROBS, Sampling
+from ftray.engine.request import MAX_LOGPROBS, MIN_PENALTY, Sampling
 from ftray.serve.messages import MAX_DEPTH, STRICT, Message, Tool, is_too_deep
 
 MAX_CHOICES = 128
@@ -72,7 +72,7 @@ class CommonBody(BaseModel):
     stream_options: StreamOptions | None = None
     top_k: int | None = Field(default=None, ge=0, lt=2**31)
     min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(default=None, ge=MIN_PENALTY, le=10, allow_inf_nan=False)
     min_tokens: int | None = Field(default=None, ge=0)
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(default=None, max_length=64)
     ignore_eos: bool | None = None

@@ -5,6 +5,7 @@ import torch
 
 from ftray.core.errors import RequestError
 from ftray.engine.api import Sampling
+from ftray.engine.request import MIN_PENALTY
 from ftray.engine.sampling import Draws, sample
 
 
@@ -75,9 +76,20 @@ def test_a_row_that_is_not_finite_gives_no_token() -> None:
     assert None not in tokens[1:]
 
 
+def test_the_least_penalty_leaves_logits_finite() -> None:
+    draws = Draws(Sampling(repetition_penalty=MIN_PENALTY), tokens=[0, 1], num_prompt=2)
+    assert sample(torch.tensor([[1e30, -1e30, 0.0]]), [draws]) == [0]
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{"max_tokens": 0}, {"temperature": -0.1}, {"top_p": float("nan")}, {"stop": ("",)}],
+    [
+        {"max_tokens": 0},
+        {"temperature": -0.1},
+        {"top_p": float("nan")},
+        {"stop": ("",)},
+        {"repetition_penalty": 1e-40},
+    ],
 )
 def test_settings_out_of_range_name_the_field(settings: dict[str, object]) -> None:
     with pytest.raises(RequestError, match=next(iter(settings))):

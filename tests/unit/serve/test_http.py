@@ -89,7 +89,7 @@ def test_unknown_model_is_404(server: Server) -> None:
         ("n", 0), ("n", 129), ("logprobs", 3), ("top_logprobs", 3), ("top_logprobs", 21), ("logit_bias", {"1": 2}),
         ("tools", [{"type": "x"}]), ("tools", [{"type": "function", "function": {"name": "a b"}}]),
         ("tool_choice", "auto"), ("tool_choice", "required"), ("tool_choice", {"type": "function"}),
-        ("presence_penalty", 2.5), ("frequency_penalty", float("inf")),
+        ("presence_penalty", 2.5), ("repetition_penalty", 1e-40), ("frequency_penalty", float("inf")),
         ("response_format", {"type": "json_object"}),
         ("response_format", {"type": "json_schema"}), ("best_of", 2), ("functions", [{}]), ("audio", {}),
         ("top_k", -1), ("surprise", 1), ("temperature", 3), ("temperature", "hot"), ("temperature", float("nan")),
