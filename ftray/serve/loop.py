@@ -47,7 +47,7 @@ class EngineLoop:
     Args:
         engine: owned by the thread from `start` on.
         max_answers: answers held at once, running and waiting; more are refused with 429, the latest of the tenant
-            first that holds most for its weight.
+            first that holds most for its weight. A tenant that holds none gets one in any case.
     """
 
     def __init__(self, engine: Engine, max_answers: int) -> None:
@@ -118,8 +118,12 @@ class EngineLoop:
         """Refuse (429) what finds no place, or else the latest requests of a tenant that holds more for its weight.
 
         Longest queue drop (Suter et al., "Buffer management schemes for supporting TCP", 1999): a
-        tenant that floods is refused itself, and leaves the others their places. What has begun is never given up.
+        tenant that floods is refused itself, and leaves the others their places. What has begun is never given up,
+        so one answer of a tenant that holds nothing is taken beyond the limit. More than all places is a 400.
         """
+        if stream.num_answers > self._max_answers:
+            message = f"n: {stream.num_answers} answers at once; ask for at most {self._max_answers}"
+            raise RequestError(message, param="n")
         streams = list(self._streams.values())
         missing = sum(other.num_answers for other in streams) + stream.num_answers - self._max_answers
         if missing <= 0:
@@ -135,6 +139,9 @@ class EngineLoop:
                 missing -= other.num_answers
         full = RequestError("the endpoint is full; try again shortly", status=429, code="overloaded")
         if missing > 0:
+            tenant = stream.request.tenant
+            if stream.num_answers == 1 and all(other.request.tenant != tenant for other in streams):
+                return
             raise full
         self._deliver([(name, full) for name in dropped])
         for name in dropped:

@@ -147,9 +147,9 @@ def test_who_floods_makes_room_for_the_others() -> None:
             flood = [asyncio.create_task(ended(loop, asked_by("ann"))) for _ in range(8)]
             await asyncio.sleep(0.05)  # two have begun
             victims = [asyncio.create_task(ended(loop, asked_by("bob"))) for _ in range(4)]
-            light = asyncio.create_task(ended(loop, asked_by("cat", weight=0.1)))
+            light = [asyncio.create_task(ended(loop, asked_by("cat", weight=0.1))) for _ in range(2)]
             assert await asyncio.gather(*victims) == ["stop"] * 4
-            assert await light == "429"  # it has more than the others as it is, for its weight
+            assert await asyncio.gather(*light) == ["stop", "429"]  # a second is more than its weight allows
             assert await asyncio.gather(*flood) == ["stop"] * 4 + ["429"] * 4  # the latest
             assert not loop._streams
             assert not busy.has_work()
@@ -162,9 +162,14 @@ def test_what_has_begun_and_what_is_fair_is_never_given_up() -> None:
         async with running(engine(step_s=0.01)) as loop:
             begun = loop.generate(asked_by("ann", n=8))
             await anext(begun)
-            with pytest.raises(RequestError):
-                await anext(loop.generate(asked_by("bob")))
-            await begun.aclose()
+            newcomer = loop.generate(asked_by("bob"))
+            await anext(newcomer)  # who holds nothing is not locked out by what has begun
+            for name, n in [("bob", 1), ("cat", 2), ("ann", 1)]:
+                with pytest.raises(RequestError) as refused:
+                    await anext(loop.generate(asked_by(name, n=n)))
+                assert refused.value.status == 429
+            assert [output async for output in begun][-1].finish_reason == "stop"
+            await newcomer.aclose()
             mine = [asyncio.create_task(anext(loop.generate(asked_by(name)))) for name in "aaaabbbb"]
             await asyncio.sleep(0)
             for name in "ab":
@@ -174,6 +179,17 @@ def test_what_has_begun_and_what_is_fair_is_never_given_up() -> None:
             results = await asyncio.gather(*mine, third, return_exceptions=True)
             assert [isinstance(result, RequestError) for result in results].count(True) == 1
             assert not isinstance(results[-1], RequestError)
+
+    asyncio.run(scenario())
+
+
+def test_more_answers_than_there_are_places_is_the_clients_mistake() -> None:
+    async def scenario() -> None:
+        async with running(engine()) as loop:
+            with pytest.raises(RequestError, match="n: 9 answers at once; ask for at most 8") as refused:
+                await anext(loop.generate(asked_by("ann", n=9)))
+            assert refused.value.status == 400
+            assert [output async for output in loop.generate(asked_by("ann", n=8))]
 
     asyncio.run(scenario())
 
