@@ -27,7 +27,7 @@ class ControlLink(Lender, Protocol):
         ...
 
 
-async def repeat(step: Callable[[], Awaitable[None]], every_s: float) -> None:
+async def repeat(step: Callable[[], Awaitable[object]], every_s: float) -> None:
     """Take a step again and again, until cancelled; one that fails is logged and the next one comes."""
     while True:
         await asyncio.sleep(every_s)
@@ -46,30 +46,36 @@ class EngineFollower:
         loop: the engine.
         holder: what it holds.
         control: who wants it.
+        every_s: how often it reports while it loads, which may take longer than the control waits for a report.
     """
 
-    def __init__(self, loop: EngineLoop, holder: Holder, control: ControlLink) -> None:
+    def __init__(self, loop: EngineLoop, holder: Holder, control: ControlLink, every_s: float = 1.0) -> None:
         self.name = uuid.uuid4().hex[:12]
         self._loop = loop
         self._holder = holder
         self._control = control
+        self._every_s = every_s
 
     def has(self, digest: str | None) -> bool:
         """Whether the engine can answer under a delta; None: the base."""
         return digest is None or digest in self._holder.loaded
 
     async def follow(self) -> None:
-        """Report, do what is wanted, and report what has come of it."""
+        """Report, do what is wanted and report meanwhile, and report what has come of it."""
         orders = await self._report()
         if orders.stop:
-            await asyncio.to_thread(self._loop.stop)
             return
         before = (self._holder.loaded, self._holder.failed)
-        await self._holder.follow(orders.hold)
+        reporting = asyncio.create_task(repeat(self._report, self._every_s))
+        try:
+            await self._holder.follow(orders.hold)
+        finally:
+            reporting.cancel()
         if (self._holder.loaded, self._holder.failed) != before:
             await self._report()  # at once, so that a switch need not wait for the next time
 
     async def _report(self) -> Orders:
+        """Say how things are; an order to stop is obeyed at once."""
         stats = await self._loop.stats()
         report = Report(
             member=self.name,
@@ -79,7 +85,10 @@ class EngineFollower:
             delayed=self._holder.delayed,
             stats=stats,
         )
-        return await self._control.sync(report)
+        orders = await self._control.sync(report)
+        if orders.stop:
+            await asyncio.to_thread(self._loop.stop)
+        return orders
 
 
 class FrontFollower:

@@ -85,7 +85,7 @@ class EngineReplica:
         self._loop = EngineLoop(engine, config.engine.max_num_seqs + config.max_queued_requests).start()
         prompts = Prompts(config.engine.load_tokenizer(config.base))
         holder = Holder(self._loop, prompts, lambda model: bring(registry, model), config.golden)
-        self._follower = EngineFollower(self._loop, holder, RayControl(control))
+        self._follower = EngineFollower(self._loop, holder, RayControl(control), config.follow_s)
         await self._follower.follow()
         self._following = asyncio.create_task(repeat(self._follower.follow, config.follow_s))
 

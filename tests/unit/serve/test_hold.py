@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import shutil
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from ftray.engine.fake import FakeDelta, FakeEngineConfig
 from ftray.registry.registry import Registry
 from ftray.serve import hold
 from ftray.serve.backend import ServedModel
+from ftray.serve.control import Orders
+from ftray.serve.follow import EngineFollower
 from ftray.serve.hold import Holder
 from ftray.serve.loop import EngineLoop
 from ftray.serve.models import Follower
 from ftray.serve.prompts import Prompts
+from ftray.serve.rollout import Report, Rollout
 
 A, B = (ServedModel(id=name, ref=f"{name}@1", digest=f"xxh3:{name}") for name in "ab")
 
@@ -176,3 +180,30 @@ def test_a_check_that_failed_for_a_while_is_made_again(tmp_path: Path) -> None:
         follower.models("a@1")
     registry.problem = None
     assert [model.ref for model in follower.models("a@1")] == ["a@1"]
+
+
+def test_an_engine_is_heard_of_while_it_loads(tmp_path: Path) -> None:
+    """What it brings takes three times as long as the control waits for a report."""
+    rollout = Rollout(ServedModel(id="base", ref="tiny", digest="base", is_base=True), member_s=0.2)
+
+    class Link:
+        async def sync(self, report: Report) -> Orders:
+            rollout.hear(report)
+            return Orders(hold=[A], view=None)
+
+    async def scenario() -> None:
+        copies = Copies(tmp_path)
+        bring = copies.bring
+        copies.bring = lambda model: (time.sleep(0.6), bring(model))[1]  # type: ignore[method-assign]
+        async with holding(copies) as (holder, _):
+            link: Any = Link()
+            follower = EngineFollower(holder._loop, holder, link, every_s=0.05)
+            loading = asyncio.create_task(follower.follow())
+            while not loading.done():
+                await asyncio.sleep(0.05)
+                assert rollout.members()
+            await loading
+            (report,) = rollout.members()
+            assert report.loaded == {A.digest}
+
+    asyncio.run(scenario())
