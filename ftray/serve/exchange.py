@@ -13,6 +13,9 @@ from ftray.serve.usage import UsageLog
 
 logger = logging.getLogger(__name__)
 
+_NOT_COMPUTED = frozenset({400, 404, 429, 503})
+"""Statuses of requests that engines refuse, which cost their tenants nothing."""
+
 
 class Exchange:
     """Bookkeeping of one request; `end` closes it, once.
@@ -41,6 +44,8 @@ class Exchange:
         self.usage = Usage(0)
         self.model: ServedModel | None = None
         self.admission: Admission | None = None
+        self.sent = False
+        """Whether an engine was asked; whoever leaves from then on pays for the prompt."""
         self.started = False
         self._in_flight = in_flight
         self._metrics = metrics
@@ -64,7 +69,8 @@ class Exchange:
         if self._ended:
             return
         self._ended = True
-        prompt = self.usage.prompt_tokens if self.started else 0
+        computed = self.started or (self.sent and status not in _NOT_COMPUTED)
+        prompt = self.usage.prompt_tokens if computed else 0
         self._metrics.in_flight.dec()
         if self.admission:
             self.admission.close(prompt + self.usage.completion_tokens)

@@ -251,6 +251,7 @@ class _Endpoint:
     async def _timed(self, requests: Sequence[api.Request], exchange: Exchange) -> Outputs:
         """The engines' outputs, within the time limit."""
         outputs = outputs_of(self._backend, requests)
+        exchange.sent = True
         try:
             while True:
                 async with exchange.deadline.kept():

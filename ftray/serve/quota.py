@@ -160,9 +160,14 @@ class Gate:
         purse.amount += grant.amount - (needed - own)
         purse.until = self._clock() + LEASE_S
 
-    def give_back(self, tenant: str, kind: Kind, amount: int) -> None:
-        """Put back what was not used; what was leased too long ago is worth nothing any more."""
-        if purse := self._purses.get((tenant, kind)):
+    def now(self) -> float:
+        """Seconds on the gate's clock."""
+        return self._clock()
+
+    def give_back(self, tenant: str, kind: Kind, amount: int, taken_at: float) -> None:
+        """Put back what was not used; what was taken too long ago was of another minute, and is lost."""
+        purse = self._purses.get((tenant, kind))
+        if purse and self._clock() - taken_at <= LEASE_S:
             purse.amount += amount
 
     async def _sit(self, tenant: TenantConfig) -> None:
@@ -202,6 +207,7 @@ class Admission:
         self._gate = gate
         self._tenant = tenant
         self._reserved = 0
+        self._reserved_at = 0.0
         self.seated = False
 
     async def reserve(self, tokens: int) -> None:
@@ -219,6 +225,7 @@ class Admission:
                 code="tokens_exceed_quota",
                 param="max_tokens",
             )
+        self._reserved_at = self._gate.now()
         await self._gate.take(self._tenant.name, "tokens", tokens)
         self._reserved = tokens
 
@@ -227,7 +234,8 @@ class Admission:
         if self._tenant is None:
             return
         if self._reserved:
-            self._gate.give_back(self._tenant.name, "tokens", max(0, self._reserved - used_tokens))
+            unused = max(0, self._reserved - used_tokens)
+            self._gate.give_back(self._tenant.name, "tokens", unused, self._reserved_at)
             self._reserved = 0
         if self.seated:
             self._gate.leave(self._tenant.name)

@@ -1,6 +1,7 @@
 """Quotas hold over all fronts together, say when to come again, and take back what was not used."""
 
 import asyncio
+import time
 from typing import Any
 
 import httpx
@@ -55,6 +56,35 @@ def test_requests_in_a_minute(fronts: int) -> None:
 def test_tokens_in_a_minute(fronts: int) -> None:
     count = asyncio.run(Fronts(tenant(tokens_per_minute=1000), fronts).admitted(tokens=10))
     assert 100 - 5 * fronts < count <= 100
+
+
+def test_what_was_reserved_long_ago_is_not_given_back() -> None:
+    async def scenario() -> None:
+        fronts = Fronts(tenant(tokens_per_minute=100))
+        gate = fronts.gates[0]
+        admission = await gate.enter(fronts.config)
+        await admission.reserve(60)
+        fronts.now += LEASE_S + 1
+        later = await gate.enter(fronts.config)
+        await later.reserve(10)  # a lease of now, into which nothing of then may come
+        admission.close(0)
+        with pytest.raises(RequestError):
+            await later.reserve(60)
+
+    asyncio.run(scenario())
+
+
+def test_who_leaves_before_the_first_token_pays_for_the_prompt(serve: Serve) -> None:
+    headers = {"authorization": "Bearer key-ann"}
+    long = [{"role": "user", "content": "x" * 40}]
+    with serve(tenants=[tenant(tokens_per_minute=60)], step_s=0.6) as server:
+        with pytest.raises(httpx.ReadTimeout):
+            server.post(CHAT, json=chat_body(messages=long, max_tokens=5), headers=headers, timeout=0.3)
+        server.wait_idle()
+        while server.front.in_flight:
+            time.sleep(0.01)
+        again = server.post(CHAT, json=chat_body(messages=long, max_tokens=5), headers=headers)
+    assert again.status_code == 429
 
 
 def test_what_an_answer_did_not_use_is_given_back() -> None:
