@@ -115,8 +115,9 @@ class StepEngine:
     def step(self) -> list[Output]:
         """See `Engine.step`."""
         outputs = [output for entry in self._slots.poll() for output in self._refuse(entry)]
-        start = time.perf_counter()
         rows = self.scheduler.schedule()
+        # Deltas were put in place by now: that is part of no token's price.
+        start = time.perf_counter()
         if rows:
             outputs += self._run(rows)
             if self.scheduler.pace:

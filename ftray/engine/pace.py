@@ -4,6 +4,10 @@ _KEPT = 0.98
 """What a step counts for beside the one after it: the last fifty or so decide."""
 _LEAST_SPREAD = 0.05
 """Relative variance of the tokens of steps below which nothing is learned about the price of one."""
+_MOST = 3.0
+"""A step counts for at most this many times what was expected of it: what held it up once is nobody's price."""
+_CHUNK = 16
+"""Tokens of prompts that a step may always have: a price that is too high is found out by paying it."""
 
 
 class Pace:
@@ -22,6 +26,8 @@ class Pace:
 
     def note(self, extra: int, seconds: float) -> None:
         """A step with so many tokens beyond one a row took so long."""
+        if self._token_s > 0 and self.step_s > 0:
+            seconds = min(seconds, _MOST * (self.step_s + self._token_s * extra))
         values = (1.0, extra, extra * extra, seconds, extra * seconds)
         sums = (self._steps, self._x, self._xx, self._t, self._xt)
         self._steps, self._x, self._xx, self._t, self._xt = (
@@ -42,4 +48,4 @@ class Pace:
             return float("inf")
         # Squared: a few that wait hardly slow the others down, while many begin at once, which makes later steps
         # cheaper, as weights are read once for all rows.
-        return max(self._prompt_share, due**2) * self.step_s / self._token_s
+        return max(_CHUNK, max(self._prompt_share, due**2) * self.step_s / self._token_s)
