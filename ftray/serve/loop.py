@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
@@ -23,6 +24,8 @@ T = TypeVar("T")
 ENGINE_FAILED = "the engine failed"
 """Error of a request that was in a step which failed, for whatever reason."""
 _MAX_FAILURES = 3
+_STATS_WITHIN_S = 1.0
+"""How long stats wait for a step to end before those of before are given."""
 
 
 @dataclass
@@ -48,11 +51,15 @@ class EngineLoop:
         engine: owned by the thread from `start` on.
         max_answers: answers held at once, running and waiting; more are refused with 429, the latest of the tenant
             first that holds most for its weight. A tenant that holds none gets one in any case.
+        max_step_s: a step that takes longer hangs, and the loop is not healthy any more.
     """
 
-    def __init__(self, engine: Engine, max_answers: int) -> None:
+    def __init__(self, engine: Engine, max_answers: int, max_step_s: float = 120.0) -> None:
         self._engine = engine
         self._max_answers = max_answers
+        self._max_step_s = max_step_s
+        self._step_began_s: float | None = None
+        self._stats = engine.stats()
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -74,18 +81,23 @@ class EngineLoop:
 
     @property
     def healthy(self) -> bool:
-        """False once the thread ends or step after step failed."""
-        return self._thread.is_alive() and not self._stopping and self._failures < _MAX_FAILURES
+        """False once the thread ends, step after step failed or one hangs."""
+        began_s = self._step_began_s  # read once: the thread changes it
+        hangs = began_s is not None and time.monotonic() - began_s > self._max_step_s
+        return self._thread.is_alive() and not self._stopping and self._failures < _MAX_FAILURES and not hangs
 
     async def info(self) -> EngineInfo:
         """See `Backend.info`."""
         return self._engine.info
 
     async def stats(self) -> EngineStats:
-        """See `Backend.stats`."""
+        """See `Backend.stats`; those of before while a step takes long."""
         if not self.healthy:
-            raise Unavailable("the engine has stopped or fails at every step")
-        return await self.call(lambda engine: engine.stats())
+            raise Unavailable("the engine has stopped, hangs or fails at every step")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STATS_WITHIN_S):
+                self._stats = await self.call(lambda engine: engine.stats())
+        return self._stats
 
     async def generate(self, request: Request, *, beyond_limit: bool = False) -> AsyncGenerator[Output, None]:
         """See `Backend.generate`; `beyond_limit` lets our own few requests in when there is no place left."""
@@ -180,7 +192,9 @@ class EngineLoop:
                         self._wake.wait()
                 self._obey()
                 if self._engine.has_work() and not self._stopping:
+                    self._step_began_s = time.monotonic()
                     self._step()
+                    self._step_began_s = None
         except Exception as error:
             logger.error("the engine's thread ends: %s", described(error))
         finally:

@@ -131,4 +131,4 @@ class EngineReplica:
     def check_health(self) -> None:
         """Ray Serve replaces the replica when this raises."""
         if not self._loop.healthy:
-            raise RuntimeError("the engine thread has stopped or fails at every step")
+            raise RuntimeError("the engine thread has stopped, hangs or fails at every step")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -118,6 +119,33 @@ def test_a_slow_reader_gets_fewer_and_larger_pieces() -> None:
             assert first.text + "".join(output.text for output in rest) == "x" * 20
             assert sum(len(output.token_ids) for output in [first, *rest]) == 21
             assert rest[-1].finish_reason == "stop"
+
+    asyncio.run(scenario())
+
+
+def test_a_step_that_hangs_is_found() -> None:
+    async def scenario() -> None:
+        hanging = engine()
+        go_on = threading.Event()
+        forward = hanging._runner.forward
+        hanging._runner.forward = lambda *given: (go_on.wait(10), forward(*given))[1]  # type: ignore[method-assign]
+        loop = EngineLoop(hanging, max_answers=8, max_step_s=1.5).start()
+        try:
+            answer = asyncio.create_task(collect(loop))
+            async with asyncio.timeout(5):
+                await asyncio.sleep(0.1)
+                await loop.stats()  # waits for no step
+                assert loop.healthy
+                while loop.healthy:
+                    await asyncio.sleep(0.05)
+                with pytest.raises(Unavailable):
+                    await loop.stats()
+            go_on.set()
+            assert (await answer)[-1].finish_reason == "stop"
+            assert loop.healthy
+        finally:
+            go_on.set()
+            await asyncio.to_thread(loop.stop)
 
     asyncio.run(scenario())
 
