@@ -99,6 +99,8 @@ class Request:
     """Order within the tenant: smaller first, then as they came."""
     cache_salt: str = ""
     """Prompts share cached prefixes only with those of the same salt (and tenant and delta)."""
+    group: str = ""
+    """What the prompts of one client's request have in common, whose answers are given or given up together."""
 
     def __post_init__(self) -> None:
         _require(0.0 < self.weight < float("inf"), "weight", self.weight, "use a positive number")

@@ -223,6 +223,7 @@ class _Endpoint:
                 sampling=body.sampling(min(max(1, max_length - len(prompt)), most)),
                 tenant=exchange.caller.name,
                 weight=tenant.weight if tenant else 1.0,
+                group=exchange.id,
             )
             for number, prompt in enumerate(prompts)
         ]

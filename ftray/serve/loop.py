@@ -36,7 +36,12 @@ class _Stream:
     queue: "asyncio.Queue[Output | Exception]"
     request: Request
     begun: bool = False
-    """Something of it was handed out."""
+    """Something of its group was handed out."""
+
+    @property
+    def group(self) -> str:
+        """Those of a group have begun, and are given up, together."""
+        return self.request.group or self.request.id
 
     @property
     def num_answers(self) -> int:
@@ -117,7 +122,8 @@ class EngineLoop:
                 for item in _coalesced(items):
                     if isinstance(item, Exception):
                         raise item
-                    stream.begun = True
+                    if not stream.begun:
+                        self._begin(stream.group)
                     going = 0 if item.finish_reason == "error" else going - (item.finish_reason is not None)
                     yield item
         finally:
@@ -125,6 +131,10 @@ class EngineLoop:
             # Also after its end: a failed step ends requests that the engine is yet to see.
             with contextlib.suppress(Unavailable):
                 self._post(lambda: self._engine.cancel(request.id))
+
+    def _begin(self, group: str) -> None:
+        for stream in list(self._streams.values()):
+            stream.begun |= stream.group == group
 
     def _make_room(self, stream: _Stream) -> None:
         """Refuse (429) what finds no place, or else the latest requests of a tenant that holds more for its weight.
@@ -144,19 +154,21 @@ class EngineLoop:
         for other in [*streams, stream]:
             shares[other.request.tenant] += other.num_answers / other.request.weight
         heaviest = max(shares, key=shares.__getitem__)
-        dropped = []
+        dropped: set[str] = set()  # groups, of which every stream goes
         for other in reversed(streams if shares[heaviest] > shares[stream.request.tenant] else []):
-            if missing > 0 and other.request.tenant == heaviest and not other.begun:
-                dropped.append(other.request.id)
-                missing -= other.num_answers
+            if other.request.tenant == heaviest and not other.begun:
+                if missing > 0:
+                    dropped.add(other.group)
+                missing -= other.num_answers if other.group in dropped else 0
         full = RequestError("the endpoint is full; try again shortly", status=429, code="overloaded")
         if missing > 0:
             tenant = stream.request.tenant
             if stream.num_answers == 1 and all(other.request.tenant != tenant for other in streams):
                 return
             raise full
-        self._deliver([(name, full) for name in dropped])
-        for name in dropped:
+        gone = [other.request.id for other in streams if other.group in dropped]
+        self._deliver([(name, full) for name in gone])
+        for name in gone:
             del self._streams[name]
 
     async def call(self, function: Callable[[Engine], T]) -> T:

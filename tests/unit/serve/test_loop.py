@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 import uuid
 from collections.abc import AsyncIterator
@@ -207,6 +208,28 @@ def test_what_has_begun_and_what_is_fair_is_never_given_up() -> None:
             results = await asyncio.gather(*mine, third, return_exceptions=True)
             assert [isinstance(result, RequestError) for result in results].count(True) == 1
             assert not isinstance(results[-1], RequestError)
+
+    asyncio.run(scenario())
+
+
+def test_prompts_of_one_request_begin_and_are_given_up_together() -> None:
+    """Two rows: of a request of four prompts that has begun two wait, and so do two of the next one."""
+
+    async def ended(loop: EngineLoop, asked: Request) -> str:
+        try:
+            return [output async for output in loop.generate(asked)][-1].finish_reason or ""
+        except RequestError as error:
+            return str(error.status)
+
+    async def scenario() -> None:
+        busy = FakeEngineConfig(text="x" * 20, step_s=0.01, max_num_seqs=2).build("tiny")
+        async with running(busy) as loop:
+            ann = [dataclasses.replace(asked_by("ann"), group=name) for name in ["first"] * 4 + ["next"] * 4]
+            answers = [asyncio.create_task(ended(loop, one)) for one in ann]
+            await asyncio.sleep(0.05)  # two have begun
+            bob = asyncio.create_task(ended(loop, asked_by("bob")))
+            assert await asyncio.gather(*answers) == ["stop"] * 4 + ["429"] * 4
+            assert await bob == "stop"
 
     asyncio.run(scenario())
 
