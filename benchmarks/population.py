@@ -179,14 +179,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["speed", "memory"])
     parser.add_argument(
-        "--tokens", type=int, choices=TOKENS, nargs="+", default=TOKENS, help="speed at these"
+        "--tokens", type=int, choices=TOKENS, nargs="+", default=TOKENS, help="of a member's step"
     )
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
     arguments = parser.parse_args()
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     found: dict[str, Any] = {"benchmark": "population", "machine": machine}
     if arguments.only != "speed":
-        found |= measure_memory()
+        found |= measure_memory(arguments.tokens)
     if arguments.only != "memory":
         found |= measure_speed(arguments.rounds, arguments.tokens)
     print(json.dumps(found))

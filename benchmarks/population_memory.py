@@ -73,6 +73,7 @@ def _hold(
         else:
             found = population.train(parts, rows_per_pass=rows_per_pass)  # type: ignore[assignment]
         donors = [result.checkpoint for result in found[1:] + found[:1]]
+        gc.collect()  # a run begun beside another's model would count both
 
 
 def member_recipe(folder: Path, tokens: int, number: int, max_steps: int = 100, base: str = "base") -> Any:
@@ -147,7 +148,7 @@ def _narrow(folder: Path) -> None:
 _FORMULA = "(W + K m) / (K (W + m)): W bytes of the base, m of a member's factors, moments and activations"
 
 
-def measure_memory() -> dict[str, Any]:
+def measure_memory(lengths: Sequence[int] = TOKENS) -> dict[str, Any]:
     """Memory of both ways, at each number of tokens."""
     from benchmarks.train.setup import prepare_folder
 
@@ -155,6 +156,6 @@ def measure_memory() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         prepare_folder(Path(name))
         _narrow(Path(name))
-        for tokens, (end, base) in itertools.product(TOKENS, BASES.items()):
+        for tokens, (end, base) in itertools.product(lengths, BASES.items()):
             found[f"population_memory_ratio_k8_{tokens}{end}"] = memory(Path(name), tokens, base)
     return found | {"population_memory_formula": _FORMULA}
