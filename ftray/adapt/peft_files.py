@@ -104,7 +104,7 @@ def read_factors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     except (SafetensorError, KeyError) as error:  # KeyError: a type of numbers that torch has not
         raise DeltaError(f"{file}: not readable as safetensors ({error})") from None
     factors: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):  # as they come, their order is by chance
         layer, _, factor = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if factor not in ("lora_A", "lora_B"):
             raise OtherKindError(f"{folder}: tensor `{key}` is no LoRA factor; only plain LoRA shares a base")
