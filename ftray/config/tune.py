@@ -65,8 +65,8 @@ class TuneConfig:
     """Train each segment as the recipe's `strategy` says, in a Ray Train group of its own (about 20 s to start), if
     that is more than one worker. Otherwise one worker trains it, which changes its result by rounding only."""
     max_failures: int = Field(default=1, ge=0)
-    """Times a crashed segment, or a population whose process died, is run again from its newest checkpoint before the
-    member is replaced, or the population's search ends; counted anew after progress."""
+    """Times a crashed segment, or a population whose process died, is run again from its newest checkpoint before
+    the member is replaced, or the population's search ends; counted anew after progress."""
     stall_s: float | None = Field(default=1800.0, gt=0)
     """Seconds without a sign of progress from any segment after which the search ends; null: never."""
     train_fn: str = TRAIN_FN
