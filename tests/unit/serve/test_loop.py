@@ -161,14 +161,16 @@ def asked_by(tenant: str, weight: float = 1.0, n: int = 1) -> Request:
     )
 
 
+async def ended(loop: EngineLoop, asked: Request) -> str:
+    """Why an answer ended, or the status of its refusal."""
+    try:
+        return [output async for output in loop.generate(asked)][-1].finish_reason or ""
+    except RequestError as error:
+        return str(error.status)
+
+
 def test_who_floods_makes_room_for_the_others() -> None:
     """Two places in the engine and six beside it."""
-
-    async def ended(loop: EngineLoop, asked: Request) -> str:
-        try:
-            return [output async for output in loop.generate(asked)][-1].finish_reason or ""
-        except RequestError as error:
-            return str(error.status)
 
     async def scenario() -> None:
         busy = FakeEngineConfig(text="x" * 20, step_s=0.01, max_num_seqs=2).build("tiny")
@@ -214,12 +216,6 @@ def test_what_has_begun_and_what_is_fair_is_never_given_up() -> None:
 
 def test_prompts_of_one_request_begin_and_are_given_up_together() -> None:
     """Two rows: of a request of four prompts that has begun two wait, and so do two of the next one."""
-
-    async def ended(loop: EngineLoop, asked: Request) -> str:
-        try:
-            return [output async for output in loop.generate(asked)][-1].finish_reason or ""
-        except RequestError as error:
-            return str(error.status)
 
     async def scenario() -> None:
         busy = FakeEngineConfig(text="x" * 20, step_s=0.01, max_num_seqs=2).build("tiny")
